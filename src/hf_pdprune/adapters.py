@@ -1,0 +1,81 @@
+"""Adapters: one LoRA per stage over one copy of the dense weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+
+def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The adapted modules of a model by name; empty where peft has not wrapped it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@contextmanager
+def active_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
+    """
+    Within this context `adapter` is applied, or none at all where it is `None`.
+
+    Unlike `PeftModel.set_adapter` it leaves `requires_grad` alone: in one training step both stages run, and both
+    adapters learn.
+
+    Args:
+        model (`nn.Module`): A model with or without adapters.
+        adapter (`str`, *optional*): Name of the adapter; layers that do not have it run without.
+
+    Raises:
+        `ValueError`: If no layer of the model has an adapter of that name.
+    """
+    layers = list(adapter_layers(model).values())
+    if adapter is not None and not any(adapter in layer._all_available_adapter_names() for layer in layers):
+        raise ValueError(f"the model has no adapter {adapter!r}")
+    # peft's own switch, `set_adapter`, flips requires_grad along with the name: hence its attributes.
+    previous = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = adapter is None
+            if adapter is not None:
+                layer._active_adapter = [adapter]
+        yield
+    finally:
+        for layer, (name, disabled) in zip(layers, previous, strict=True):
+            layer._active_adapter, layer._disable_adapters = name, disabled
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
+    """The parameters of one adapter by name."""
+    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name}
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
+    """
+    The state dict of the dense model with what `adapter` learned added to its weights, under the names that the model
+    has without peft. The dense weights are not changed; only adapted weights are new tensors.
+
+    Args:
+        model (`nn.Module`): A model, wrapped by peft or not.
+        adapter (`str`, *optional*): Adapter to merge; `None` for the dense weights as they are.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = adapter_layers(base)
+    merged = {}
+    for name, tensor in base.state_dict().items():
+        prefix, _, rest = name.partition(".base_layer.")
+        if rest:
+            layer = layers[prefix]
+            if rest == "weight" and adapter in layer._all_available_adapter_names():
+                tensor = tensor + layer.get_delta_weight(adapter).to(tensor)
+            merged[f"{prefix}.{rest}"] = tensor
+        elif not any(name.startswith(f"{prefix}.") for prefix in _adapter_prefixes(layers, name)):
+            merged[name] = tensor
+    return merged
+
+
+def _adapter_prefixes(layers: dict[str, BaseTunerLayer], name: str) -> list[str]:
+    """The adapted module that `name` lies in, if any: everything in it but its base layer belongs to adapters."""
+    parts = name.split(".")
+    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return [prefix for prefix in prefixes if prefix in layers]

@@ -1,0 +1,257 @@
+"""The only file that knows architectures: find the decoder blocks of a causal LM, bypass them, remove them for good."""
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+# Config entries that hold one value per block although their names do not say so.
+_PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "layers_block_type")
+
+# Attributes in which a block knows its own number; they differ between a block and its renumbered copy by design.
+_BLOCK_NUMBER_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx", "training"})
+
+
+def num_blocks(config: PreTrainedConfig) -> int:
+    """Number of decoder blocks that a model of this config has."""
+    return config.get_text_config(decoder=True).num_hidden_layers
+
+
+def blocks_path(model: nn.Module) -> str:
+    """
+    Finds where the decoder blocks live: the outermost `nn.ModuleList` that is as long as the config says.
+
+    Args:
+        model (`nn.Module`): A causal language model of transformers, also wrapped by peft.
+
+    Returns:
+        `str`: Dotted path of the list, as in `model.get_submodule(path)`.
+
+    Raises:
+        `ValueError`: If there is no such list, so that no block could be removed.
+    """
+    expected = num_blocks(model.config)
+    candidates = [
+        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == expected
+    ]
+    if not candidates:
+        raise ValueError(
+            f"{type(model).__name__} has no list of {expected} decoder blocks (nn.ModuleList as long as "
+            "config.num_hidden_layers), so its blocks cannot be removed"
+        )
+    return min(candidates, key=lambda name: name.count("."))
+
+
+def get_blocks(model: nn.Module) -> nn.ModuleList:
+    """The decoder blocks of `model`, in the order in which they run (see [`blocks_path`])."""
+    return model.get_submodule(blocks_path(model))
+
+
+def get_decoder(model: nn.Module) -> nn.Module:
+    """The module whose forward runs the decoder blocks (`LlamaModel` in a `LlamaForCausalLM`)."""
+    return model.get_submodule(blocks_path(model).rpartition(".")[0])
+
+
+def check_block_numbers(blocks: Iterable[int], total: int, name: str) -> tuple[int, ...]:
+    """Returns the sorted numbers, or raises a `ValueError` that names `name` where they are not distinct and in range."""
+    blocks = tuple(blocks)
+    wrong = [b for b in blocks if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < total]
+    if wrong:
+        raise ValueError(f"{name}: block {wrong[0]!r} is not one of the {total} blocks 0 to {total - 1}")
+    if len(set(blocks)) != len(blocks):
+        raise ValueError(f"{name}: block {next(b for b in blocks if blocks.count(b) > 1)} is named twice")
+    return tuple(sorted(blocks))
+
+
+class BypassedBlock(nn.Module):
+    """
+    Stands in for a block and hands its input on unchanged.
+
+    It takes the block's place in the list instead of overriding the block's forward, so that no hook of the block
+    runs (ZeRO-3 and FSDP gather no parameters that nobody uses). The block is not a submodule; its plain attributes
+    (`attention_type` and the like, which some model loops read) are still readable through it.
+
+    Args:
+        block (`nn.Module`): The block.
+        num_outputs (`int` or `None`): Length of the tuple that the block returns, `None` if it returns a tensor.
+    """
+
+    def __init__(self, block: nn.Module, num_outputs: int | None):
+        super().__init__()
+        self.__dict__["_block"] = block
+        self.num_outputs = num_outputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_block"], name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
+        if self.num_outputs is None:
+            return hidden_states
+        return (hidden_states,) + (None,) * (self.num_outputs - 1)
+
+
+@torch.no_grad()
+def _num_block_outputs(model: nn.Module) -> int | None:
+    """Runs one token through the model to see what a block returns: `None` for a tensor, else the tuple's length."""
+    if "_pdprune_num_block_outputs" not in model.__dict__:
+        seen: list[Any] = []
+        handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            token = torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+        finally:
+            handle.remove()
+        # What a block returns cannot change during the life of a model, so one look is enough.
+        model.__dict__["_pdprune_num_block_outputs"] = len(seen[0]) if isinstance(seen[0], tuple) else None
+    return model.__dict__["_pdprune_num_block_outputs"]
+
+
+@contextmanager
+def bypass_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
+    """
+    Within this context the given blocks hand their input on unchanged. Everything is restored afterwards, also after
+    an exception. Contexts nest.
+
+    Args:
+        model (`nn.Module`): A causal language model.
+        blocks (`Iterable[int]`): Numbers of the blocks, as they are counted in this model.
+
+    Raises:
+        `ValueError`: If a number is out of range or named twice.
+    """
+    block_list = get_blocks(model)
+    numbers = check_block_numbers(blocks, len(block_list), "bypass_blocks")
+    if not numbers:
+        yield
+        return
+    num_outputs = _num_block_outputs(model)
+    originals = {number: block_list[number] for number in numbers}
+    try:
+        for number, block in originals.items():
+            block_list[number] = BypassedBlock(block, num_outputs)
+        yield
+    finally:
+        for number, block in originals.items():
+            block_list[number] = block
+
+
+def shortened_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
+    """
+    The config of the model that has only `kept_blocks`: `num_hidden_layers` and every list with an entry per block.
+
+    Args:
+        config (`PreTrainedConfig`): Config of the model with all blocks; not changed.
+        kept_blocks (`Sequence[int]`): Block numbers, rising.
+    """
+    config = copy.deepcopy(config)
+    text_config = config.get_text_config(decoder=True)
+    total = text_config.num_hidden_layers
+    for name, value in list(vars(text_config).items()):
+        if not isinstance(value, list) or len(value) != total:
+            continue
+        if name in _PER_BLOCK_ENTRIES or "layer" in name:
+            setattr(text_config, name, [value[number] for number in kept_blocks])
+    text_config.num_hidden_layers = len(kept_blocks)
+    return config
+
+
+def remove_blocks(model: PreTrainedModel, blocks: Iterable[int]) -> PreTrainedModel:
+    """
+    A model without the given blocks: of the same class, built from the shortened config, so that everything that
+    depends on a block's number (cache slots, sliding windows, rotary choices) is what `from_pretrained` will build.
+
+    Its parameters are those of `model`: nothing is copied, and changing one in place changes both. `model` itself
+    is left as it was.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The model with all blocks, without adapters.
+        blocks (`Iterable[int]`): Numbers of the blocks to remove.
+
+    Returns:
+        [`~transformers.PreTrainedModel`]: The shorter model, in eval mode and with the same generation config.
+
+    Raises:
+        `ValueError`: If a number is out of range, if no block would be left, or if the shorter model's blocks are
+        built differently from the kept ones (an architecture whose index rules are not known here).
+    """
+    total = num_blocks(model.config)
+    removed = check_block_numbers(blocks, total, "remove_blocks")
+    kept = [number for number in range(total) if number not in removed]
+    if not kept:
+        raise ValueError(f"remove_blocks: all {total} blocks would be removed")
+    path = blocks_path(model)
+    state = shortened_state_dict(model.state_dict(keep_vars=True), path, kept)
+    shorter = empty_like(model, shortened_config(model.config, kept))
+    check_same_blocks(get_blocks(model), get_blocks(shorter), kept)
+    shorter.load_state_dict(state, strict=True, assign=True)
+    shorter.tie_weights()
+    return shorter.eval()
+
+
+def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """A model of the same class for `config`, with buffers on the model's device and parameters on the meta device."""
+    config._attn_implementation = model.config._attn_implementation
+    with init_empty_weights(include_buffers=False):
+        empty = type(model)._from_config(config)
+    for module in empty.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(model.device)
+    empty.generation_config = copy.deepcopy(model.generation_config)
+    return empty
+
+
+def shortened_state_dict(
+    state: dict[str, torch.Tensor], path: str, kept_blocks: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The entries of `state` that a model with only `kept_blocks` has, under that model's names; nothing is copied."""
+    new_number = {str(number): str(index) for index, number in enumerate(kept_blocks)}
+    shortened = {}
+    for name, tensor in state.items():
+        if name.startswith(path + "."):
+            number, _, rest = name[len(path) + 1 :].partition(".")
+            if number not in new_number:
+                continue
+            name = f"{path}.{new_number[number]}.{rest}"
+        shortened[name] = tensor
+    return shortened
+
+
+def check_same_blocks(dense: Sequence[nn.Module], shorter: Sequence[nn.Module], kept_blocks: Sequence[int]) -> None:
+    """
+    Raises a `ValueError` unless block i of `shorter` is built like block `kept_blocks[i]` of `dense`: the same modules
+    with the same parameter shapes and the same plain settings. It is what keeps a checkpoint from being silently wrong
+    where an architecture derives settings from block numbers in a way that is not known here.
+    """
+    for index, number in enumerate(kept_blocks):
+        expected, actual = _description(dense[number]), _description(shorter[index])
+        if expected != actual:
+            difference = next(key for key in sorted(expected.keys() | actual.keys()) if expected.get(key) != actual.get(key))
+            raise ValueError(
+                f"block {number} would change when it becomes block {index}: {difference} is "
+                f"{expected.get(difference)!r} there and {actual.get(difference)!r} here; this architecture derives it "
+                "from the block's number, so blocks cannot be removed for good"
+            )
+
+
+def _description(block: nn.Module) -> dict[str, Any]:
+    """Modules, parameter shapes and plain attributes of a block, by dotted name."""
+    description: dict[str, Any] = {}
+    for module_name, module in block.named_modules():
+        description[module_name] = type(module).__name__
+        for name, value in vars(module).items():
+            plain = isinstance(value, (bool, int, float, str, tuple)) or value is None
+            if plain and not name.startswith("_") and name not in _BLOCK_NUMBER_ATTRIBUTES:
+                description[f"{module_name}.{name}".lstrip(".")] = value
+    for name, parameter in block.named_parameters():
+        description[f"{name} (shape)"] = tuple(parameter.shape)
+    return description

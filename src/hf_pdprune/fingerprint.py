@@ -1,0 +1,43 @@
+"""ModelFingerprint: tells whether two stages come from the same dense model and the same distillation."""
+
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+from .plan import PruningPlan
+
+
+_SAMPLED_ROWS = 64
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """
+    Hex digest by which a payload and the stage that receives it recognise each other.
+
+    A stage checkpoint carries the digest of its export, which both stages of a pair share. For a dense model it is
+    computed: from the shape of its KV entries and from a sample of its embedding weights.
+    """
+    config = model.config
+    if getattr(config, "pdprune", None) is not None:
+        return PruningPlan.entry_of(config)["fingerprint"]
+    text_config = config.get_text_config(decoder=True)
+    shape = {
+        name: getattr(text_config, name, None)
+        for name in ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
+    }
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    weight = model.get_input_embeddings().weight.detach()
+    rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0])).long()
+    digest.update(weight[rows.to(weight.device)].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def combined_fingerprint(dense: str, tensors: dict[str, torch.Tensor]) -> str:
+    """The digest of a pair: of its dense model's and of a sample of what its distillation has learned."""
+    digest = hashlib.sha256(dense.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().flatten()[:_SAMPLED_ROWS].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,7 @@
+from .decode_stage import DecodeStage
+from .disaggregated_forward import dense_forward, disaggregated_forward
+from .prefill_stage import PrefillStage
+from .stage import Stage
+
+
+__all__ = ["DecodeStage", "PrefillStage", "Stage", "dense_forward", "disaggregated_forward"]

@@ -1,0 +1,56 @@
+"""Stage: a view of a model as one stage of a plan."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..adapters import active_adapter
+from ..blocks import bypass_blocks
+from ..fingerprint import model_fingerprint
+from ..plan import PruningPlan
+
+
+class Stage:
+    """
+    A model seen as one stage of a plan. The dense model becomes the stage while [`Stage.active`] lasts: its missing
+    blocks are bypassed and the stage's adapter is applied. So both stages, and the dense teacher, share one copy of
+    the weights. A stage checkpoint is the stage already.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The dense model (with adapters or not), or a checkpoint of this stage.
+        plan ([`PruningPlan`]): The plan.
+        adapter (`str`, *optional*): Name of the adapter that this stage applies.
+        module (`nn.Module`, *optional*): What is called in a forward where that is not `model` itself but a wrapper
+            around it (`DistributedDataParallel` and the like).
+
+    Raises:
+        `ValueError`: If the model is neither the plan's dense model nor a checkpoint of this stage.
+    """
+
+    name: str
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, adapter: str | None = None, module: nn.Module | None = None):
+        blocks = plan.blocks_of(model.config)
+        entry = getattr(model.config, "pdprune", None)
+        if entry is not None and entry["stage"] != self.name:
+            raise ValueError(f"the model is a {entry['stage']} stage, not a {self.name} stage")
+        self.model = model
+        self.plan = plan
+        self.adapter = adapter
+        self.module = model if module is None else module
+        self.running_blocks = plan.kept_blocks(self.name)
+        self.bypassed = tuple(index for index, block in enumerate(blocks) if block not in self.running_blocks)
+        self.fingerprint = model_fingerprint(model)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within this context the model is this stage."""
+        with bypass_blocks(self.model, self.bypassed), active_adapter(self.model, self.adapter):
+            yield
+
+
+def position_ids(padding_mask: torch.Tensor) -> torch.Tensor:
+    """Position of each token among its row's real tokens, shape `(batch_size, tokens)`; padding gets 0."""
+    return (padding_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
