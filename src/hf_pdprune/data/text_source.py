@@ -67,8 +67,8 @@ def load_text(
 
     Raises:
         `FileNotFoundError`: if a local path is missing or a folder has no file for the split.
-        `ValueError`: if the source cannot be loaded or holds no rows, broken JSON, an empty text or unknown columns. On
-            the Hub, where rows with an empty text are common, they are left out instead.
+        `ValueError`: if the source cannot be loaded or holds no rows, broken JSON, an empty text or unknown columns.
+            On the Hub, where rows with an empty text are common, they are left out instead.
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, found {max_rows}")
@@ -157,7 +157,9 @@ def _to_row(where: str, record: dict, text_column: str | None) -> dict:
             if not isinstance(choices, list) or not choices:
                 raise ValueError(f"{where}: choices must be a list of texts, found {choices!r:.60}")
             if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-                raise ValueError(f"{where}: answer must be an index from 0 to {len(choices) - 1}, found {answer!r:.60}")
+                raise ValueError(
+                    f"{where}: answer must be an index from 0 to {len(choices) - 1}, found {answer!r:.60}"
+                )
             answer = _text(where, f"choices[{answer}]", choices[answer])
         answer = _text(where, "answer", answer)
         # An empty answer stays empty, to be found as such.
@@ -246,7 +248,7 @@ def _pydoc_records(split: str) -> Iterator[tuple[str, object]]:
     except ImportError as error:
         raise ValueError(f"{PYDOC_TOPICS}: this Python comes without pydoc_data") from error
     paragraphs = {name: _prose(text) for name, text in topics.items()}
-    # Topics quote each other at length. A paragraph counts for the shortest topic that has it, or splits would overlap.
+    # Topics quote each other at length. A paragraph belongs to the shortest one that has it, or splits would overlap.
     owner = {}
     for name in sorted(paragraphs, key=lambda name: (len(topics[name]), name)):
         for paragraph in paragraphs[name]:
@@ -287,7 +289,7 @@ def _prose(topic: str) -> list[str]:
 def _reads_like_prose(text: str) -> bool:
     parts = text.split()
     words = [part for part in parts if re.fullmatch(r"[\"'(“*]*[A-Za-z][A-Za-z’'-]*[\"')”*.,:;?!]*", part)]
-    return len(parts) >= 5 and len(words) >= 0.6 * len(parts) and text[-1] in ".:;!?)\"”"
+    return len(parts) >= 5 and len(words) >= 0.6 * len(parts) and text[-1] in '.:;!?)"”'
 
 
 def _groups(paragraphs: list[str]) -> list[str]:

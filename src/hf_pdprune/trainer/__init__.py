@@ -1,0 +1,7 @@
+from .callbacks import BlockRemovalCallback
+from .losses import forward_kl, mean_over_labels, reverse_kl
+from .pdprune_config import PDPruneConfig
+from .pdprune_trainer import PDPruneTrainer
+
+
+__all__ = ["BlockRemovalCallback", "PDPruneConfig", "PDPruneTrainer", "forward_kl", "mean_over_labels", "reverse_kl"]

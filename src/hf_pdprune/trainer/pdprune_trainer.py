@@ -1,0 +1,221 @@
+"""PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
+from trl import SFTTrainer
+from trl.trainer.utils import create_model_from_path
+
+from ..adapters import adapter_parameters
+from ..blocks import blocks_path
+from ..data import PromptCompletionCollator
+from ..hub import export_stages
+from ..inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
+from ..plan import PruningPlan
+from .callbacks import BlockRemovalCallback
+from .losses import DISTILLATION_LOSSES, mean_over_labels
+from .pdprune_config import PDPruneConfig
+
+
+STAGES = ("prefill", "decode")
+
+
+class PDPruneTrainer(SFTTrainer):
+    """
+    Trainer that removes a plan's blocks and distils what is left from the dense model (arXiv 2509.04467), through the
+    disaggregated forward: what is optimised is what is deployed. There is one copy of the dense weights; each stage
+    has a LoRA adapter of its own, and the teacher is the same model without adapters and with all blocks.
+
+    Args:
+        model (`str` or [`~transformers.PreTrainedModel`]): The dense model, or its id.
+        plan ([`PruningPlan`] or `str`): The plan, or the folder or repo where it is.
+        args ([`PDPruneConfig`], *optional*): The options.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
+            is cut into prompt and completion (see [`PromptCompletionCollator`]).
+        eval_dataset (*optional*): As for `SFTTrainer`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer.
+        peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of the
+            blocks that the stage keeps.
+        kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...).
+
+    Raises:
+        `ValueError`: If the plan is of another model.
+    """
+
+    _tag_names = ["hf_pdprune", "pruned", "prefill-decode-disaggregation"]
+    _name = "PDPrune"
+    loss_is_scaled_for_ga = True
+    _loss_shifts_labels = False  # the collator's labels are aligned with the logits
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        plan: PruningPlan | str | os.PathLike,
+        args: PDPruneConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ):
+        args = args or PDPruneConfig("pdprune")
+        self.plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
+        if isinstance(model, str):
+            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
+            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            args.model_init_kwargs = None
+        self.plan.blocks_of(model.config)  # raises if the plan is of another model
+        self.removal = BlockRemovalCallback(self.plan, args.removal_rounds, args.removal_fraction)
+        model = self._with_adapters(model, args, peft_config)
+        pad_token_id = processing_class.pad_token_id if processing_class is not None else None
+        if pad_token_id is None:
+            pad_token_id = model.config.get_text_config().eos_token_id or 0
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=PromptCompletionCollator(pad_token_id, seed=args.seed),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        self.add_callback(self.removal)
+        self._check_context_length()
+
+    def _with_adapters(self, model: PreTrainedModel, args: PDPruneConfig, peft_config: PeftConfig | None) -> nn.Module:
+        """The model with one adapter per stage, both of which learn."""
+        torch.manual_seed(args.seed)
+        path = blocks_path(model)
+        for stage in STAGES:
+            config = peft_config or LoraConfig(
+                r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            missing = self.plan.stage(stage).missing_blocks
+            if peft_config is None and missing:
+                numbers = "|".join(map(str, missing))
+                config.exclude_modules = rf"{re.escape(path)}\.({numbers})\..*"
+            if stage == STAGES[0]:
+                model = get_peft_model(model, config, adapter_name=stage)
+            else:
+                model.add_adapter(stage, config)
+        self._train_both_adapters(model)
+        return model
+
+    @staticmethod
+    def _train_both_adapters(model: nn.Module) -> None:
+        for stage in STAGES:
+            for parameter in adapter_parameters(model, stage).values():
+                parameter.requires_grad_(True)
+
+    def _check_context_length(self) -> None:
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None and self.args.max_length is not None and self.args.max_length > context:
+            raise ValueError(f"max_length {self.args.max_length} is longer than the model's context of {context} tokens")
+
+    def stages(self, module: nn.Module | None = None, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
+        """
+        Both stages as they are at this step, as views of the one model.
+
+        Args:
+            module (`nn.Module`, *optional*): What is called in a forward, where that wraps the model (DDP).
+            token_aware (`bool`, defaults to `True`): Whether decode gets only what the plan sends.
+        """
+        plan = self.removal.current_plan
+        if not token_aware:
+            plan = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
+        model = self.accelerator.unwrap_model(self.model)
+        return PrefillStage(model, plan, "prefill", module), DecodeStage(model, plan, "decode", module)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, CausalLMOutput]:
+        """
+        Distillation loss per completion token. With `return_outputs`, `logits[:, i]` are those that predict
+        `labels[:, i]` (already aligned).
+        """
+        mode = "train" if self.model.training else "eval"
+        with torch.no_grad(), _eval_mode(self.model):
+            teacher = dense_forward(self.accelerator.unwrap_model(self.model), inputs, model)
+        prefill, decode = self.stages(model, self.args.token_aware_distillation)
+        student = disaggregated_forward(prefill, decode, inputs)
+        per_token = DISTILLATION_LOSSES[self.args.distillation_loss](
+            student, teacher, self.args.distillation_temperature
+        )
+        loss = mean_over_labels(per_token, inputs["labels"], num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
+        self._record_metrics(mode, student, teacher, per_token, inputs)
+        return (loss, CausalLMOutput(loss=loss, logits=student)) if return_outputs else loss
+
+    @torch.no_grad()
+    def _record_metrics(
+        self, mode: str, student: torch.Tensor, teacher: torch.Tensor, per_token: torch.Tensor, inputs: dict
+    ) -> None:
+        mask = inputs["labels"] != -100
+        agreement = (student.argmax(-1) == teacher.argmax(-1))[mask].float()
+        sums = torch.stack([per_token.detach()[mask].sum(), agreement.sum(), mask.sum().float()])
+        loss, agreeing, tokens = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
+        self._metrics[mode]["distillation_loss"].append(loss / max(tokens, 1))
+        self._metrics[mode]["top1_agreement"].append(agreeing / max(tokens, 1))
+        if mode == "train":
+            tokens = (inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()).unsqueeze(0)
+            self._total_train_tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
+            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, output = self.compute_loss(model, inputs, return_outputs=True)
+        return (loss, None, None) if prediction_loss_only else (loss, output.logits, inputs["labels"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # Trainer freezes every adapter but the first when it has loaded several.
+        self._train_both_adapters(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`. The checkpoints
+        that training itself writes hold the adapters and the plan, not the dense weights.
+        """
+        output_dir = output_dir or self.args.output_dir
+        if _internal_call:
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self.plan.save_pretrained(output_dir)
+            return
+        if self.args.should_save:
+            export_stages(
+                self.accelerator.unwrap_model(self.model),
+                self.plan,
+                output_dir,
+                adapters={stage: stage for stage in STAGES},
+                tokenizer=self.processing_class,
+            )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """The teacher predicts without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

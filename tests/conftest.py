@@ -1,0 +1,143 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+
+ROOT = Path(__file__).parents[1]
+
+# Large enough an initializer_range that a random model has clear preferences: with flat logits, errors would not show.
+COMMON = {
+    "vocab_size": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+LLAMA_LIKE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_word_embeddings": True}
+
+ARCHITECTURES = {
+    "llama": LLAMA_LIKE,
+    "mistral": LLAMA_LIKE | {"sliding_window": 8, "head_dim": 16},
+    "qwen2": LLAMA_LIKE,
+    "qwen3": LLAMA_LIKE | {"head_dim": 16},
+    "gemma2": LLAMA_LIKE | GEMMA,
+    "gemma3_text": LLAMA_LIKE | GEMMA,
+    "phi3": LLAMA_LIKE,
+    "olmo2": LLAMA_LIKE,
+    "granite": LLAMA_LIKE,
+    "smollm3": LLAMA_LIKE,
+    "gpt2": {"n_embd": 64, "n_head": 4, "n_inner": 96, "n_positions": 512},
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 96,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
+    "gpt_neox": {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+    },
+    "falcon": {
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+        "alibi": False,
+        "max_position_embeddings": 512,
+    },
+    "mixtral": LLAMA_LIKE | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": LLAMA_LIKE
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16},
+}
+
+
+@pytest.fixture(params=list(ARCHITECTURES))
+def architecture(request):
+    """Every architecture that `tiny_model` can build, one after the other."""
+    return request.param
+
+
+@pytest.fixture
+def tiny_model():
+    """
+    Factory: `tiny_model("qwen3", num_hidden_layers=6, seed=0, **config_values)` gives a random float32 model in eval
+    mode, the same for the same arguments.
+    """
+
+    def make(architecture, num_hidden_layers=6, seed=0, **config_values):
+        values = COMMON | ARCHITECTURES[architecture] | {"num_hidden_layers": num_hidden_layers} | config_values
+        config = AutoConfig.for_model(architecture, **values)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_llama(tiny_model):
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """Byte-level, lossless for any text, with ids below the tiny models' vocabulary size and a chat template."""
+    specials = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
+    # No UTF-8 text contains these bytes: without them, all others and the special tokens fit into 256 ids.
+    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    letters = [letter for letter in sorted(pre_tokenizers.ByteLevel.alphabet()) if letter not in never]
+    vocabulary = {token: number for number, token in enumerate(specials + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        unk_token="<|unk|>",
+        padding_side="left",
+        model_max_length=512,
+        chat_template=(
+            "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] "
+            "+ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of SmolLM2-135M-Instruct as the recipe makes it, or the one that HF_PDPRUNE_SMOLLM2 names."""
+    folder = os.environ.get("HF_PDPRUNE_SMOLLM2")
+    if folder:
+        if not (Path(folder) / "config.json").is_file():
+            pytest.skip(f"HF_PDPRUNE_SMOLLM2: no model in {folder}")
+        return Path(folder)
+    script = ROOT / "recipes" / "smollm2-135m" / "get_model.py"
+    try:
+        # Less than the time limit of a test, so that a slow network skips the test and does not fail it.
+        done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    except subprocess.TimeoutExpired:
+        pytest.skip("SmolLM2-135M-Instruct could not be had within 240 s")
+    if done.returncode != 0:
+        pytest.skip(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "get_model.py failed")
+    return Path(done.stdout.splitlines()[-1])
