@@ -11,6 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 ROOT = Path(__file__).parents[1]
 
+# Tiny models gain nothing from threads, and those of several test processes take each other's cores: up to 8x slower.
+torch.set_num_threads(1)
+
 # Large enough an initializer_range that a random model has clear preferences: with flat logits, errors would not show.
 COMMON = {
     "vocab_size": 256,

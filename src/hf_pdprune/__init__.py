@@ -1,0 +1,5 @@
+from .plan import PruningPlan
+from .version import __version__
+
+
+__all__ = ["PruningPlan", "__version__"]

@@ -1,16 +1,29 @@
 """Adapters: one LoRA per stage over one copy of the dense weights."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
 def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
-    """The adapted modules of a model by name; empty where peft has not wrapped it."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    """
+    The adapted modules of a model by name; empty where peft has not wrapped it.
+
+    Raises:
+        `ValueError`: If peft trains copies of whole modules or tokens, which are no adapters of a layer.
+    """
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise ValueError(f"modules_to_save and trainable_token_indices are not supported (found at {name})")
+        if isinstance(module, BaseTunerLayer):
+            layers[name] = module
+    return layers
 
 
 @contextmanager
@@ -46,7 +59,7 @@ def active_adapter(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
     """The parameters of one adapter by name."""
-    return {name: p for name, p in model.named_parameters() if f".{adapter}." in name}
+    return {name: p for name, p in model.named_parameters() if f".{adapter}." in f"{name}."}
 
 
 @torch.no_grad()
@@ -63,19 +76,15 @@ def merged_state_dict(model: nn.Module, adapter: str | None) -> dict[str, torch.
     layers = adapter_layers(base)
     merged = {}
     for name, tensor in base.state_dict().items():
-        prefix, _, rest = name.partition(".base_layer.")
-        if rest:
-            layer = layers[prefix]
-            if rest == "weight" and adapter in layer._all_available_adapter_names():
-                tensor = tensor + layer.get_delta_weight(adapter).to(tensor)
-            merged[f"{prefix}.{rest}"] = tensor
-        elif not any(name.startswith(f"{prefix}.") for prefix in _adapter_prefixes(layers, name)):
+        parts = name.split(".")
+        prefix = next((p for p in (".".join(parts[:end]) for end in range(1, len(parts))) if p in layers), None)
+        if prefix is None:
             merged[name] = tensor
+        elif name.startswith(f"{prefix}.base_layer."):  # all else in an adapted module belongs to adapters
+            merged[name.replace(".base_layer.", ".", 1)] = tensor
+    for prefix, layer in layers.items():
+        if adapter in layer._all_available_adapter_names():
+            layer = copy.deepcopy(layer)
+            layer.merge(adapter_names=[adapter])
+            merged.update({f"{prefix}.{name}": t for name, t in layer.get_base_layer().state_dict().items()})
     return merged
-
-
-def _adapter_prefixes(layers: dict[str, BaseTunerLayer], name: str) -> list[str]:
-    """The adapted module that `name` lies in, if any: everything in it but its base layer belongs to adapters."""
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts)))
-    return [prefix for prefix in prefixes if prefix in layers]

@@ -1,7 +1,8 @@
-"""The only file that knows architectures: find the decoder blocks of a causal LM, bypass them, remove them for good."""
+"""The only file that knows architectures: finds the decoder blocks of a causal LM, bypasses or removes them."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,8 +59,33 @@ def get_decoder(model: nn.Module) -> nn.Module:
     return model.get_submodule(blocks_path(model).rpartition(".")[0])
 
 
+def check_attends_by_mask(model: nn.Module) -> None:
+    """
+    Raises a `ValueError` unless the blocks' attention depends on which tokens they see by the attention mask alone, so
+    that KV entries from the middle can be left out together with their columns of the mask.
+    """
+    config = model.config.get_text_config(decoder=True)
+    block = get_blocks(model)[0]
+    while isinstance(block, BypassedBlock):
+        block = block._block
+    arguments = inspect.signature(block.forward).parameters
+    if "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
+        why = "the model takes no KV cache"
+    elif "attention_mask" not in arguments:
+        why = "they take no attention mask"
+    elif not {"alibi", "position_bias"}.isdisjoint(arguments) and getattr(config, "alibi", True):
+        why = "they add a bias per key position (ALiBi) beside the mask"
+    elif "local" in (getattr(config, "attention_layers", None) or ()):
+        why = "they make the mask of local attention themselves, from the number of keys"
+    elif config._attn_implementation == "flex_attention":
+        why = "flex_attention compiles its mask; load the model with sdpa, eager or flash attention"
+    else:
+        return
+    raise ValueError(f"the blocks of {type(model).__name__} cannot be token-aware: {why}")
+
+
 def check_block_numbers(blocks: Iterable[int], total: int, name: str) -> tuple[int, ...]:
-    """Returns the sorted numbers, or raises a `ValueError` that names `name` where they are not distinct and in range."""
+    """Returns the sorted numbers, or raises a `ValueError` that begins with `name` if any is twice or out of range."""
     blocks = tuple(blocks)
     wrong = [b for b in blocks if isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < total]
     if wrong:
@@ -107,11 +133,14 @@ def _num_block_outputs(model: nn.Module) -> int | None:
         handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             token = torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device)
-            model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
+            # Dropout must not draw: it would shift the random numbers of a training that is resumed.
+            with torch.random.fork_rng(enabled=model.training):
+                model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             handle.remove()
         # What a block returns cannot change during the life of a model, so one look is enough.
-        model.__dict__["_pdprune_num_block_outputs"] = len(seen[0]) if isinstance(seen[0], tuple) else None
+        several = isinstance(seen[0], (tuple, list))
+        model.__dict__["_pdprune_num_block_outputs"] = len(seen[0]) if several else None
     return model.__dict__["_pdprune_num_block_outputs"]
 
 
@@ -164,7 +193,9 @@ def shortened_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> Pr
     return config
 
 
-def remove_blocks(model: PreTrainedModel, blocks: Iterable[int]) -> PreTrainedModel:
+def remove_blocks(
+    model: PreTrainedModel, blocks: Iterable[int], state_dict: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
     """
     A model without the given blocks: of the same class, built from the shortened config, so that everything that
     depends on a block's number (cache slots, sliding windows, rotary choices) is what `from_pretrained` will build.
@@ -173,8 +204,10 @@ def remove_blocks(model: PreTrainedModel, blocks: Iterable[int]) -> PreTrainedMo
     is left as it was.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The model with all blocks, without adapters.
+        model ([`~transformers.PreTrainedModel`]): The model with all blocks.
         blocks (`Iterable[int]`): Numbers of the blocks to remove.
+        state_dict (`Mapping[str, torch.Tensor]`, *optional*): Weights to use instead of the model's own, under the
+            names that the model has without adapters.
 
     Returns:
         [`~transformers.PreTrainedModel`]: The shorter model, in eval mode and with the same generation config.
@@ -189,9 +222,10 @@ def remove_blocks(model: PreTrainedModel, blocks: Iterable[int]) -> PreTrainedMo
     if not kept:
         raise ValueError(f"remove_blocks: all {total} blocks would be removed")
     path = blocks_path(model)
-    state = shortened_state_dict(model.state_dict(keep_vars=True), path, kept)
+    state = shortened_state_dict(model.state_dict(keep_vars=True) if state_dict is None else state_dict, path, kept)
     shorter = empty_like(model, shortened_config(model.config, kept))
-    check_same_blocks(get_blocks(model), get_blocks(shorter), kept)
+    # Compared with an empty dense model, since the blocks of this one may be wrapped (adapters, quantisation).
+    check_same_blocks(get_blocks(empty_like(model, copy.deepcopy(model.config))), get_blocks(shorter), kept)
     shorter.load_state_dict(state, strict=True, assign=True)
     shorter.tie_weights()
     return shorter.eval()
@@ -211,7 +245,7 @@ def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
 
 def shortened_state_dict(
-    state: dict[str, torch.Tensor], path: str, kept_blocks: Sequence[int]
+    state: Mapping[str, torch.Tensor], path: str, kept_blocks: Sequence[int]
 ) -> dict[str, torch.Tensor]:
     """The entries of `state` that a model with only `kept_blocks` has, under that model's names; nothing is copied."""
     new_number = {str(number): str(index) for index, number in enumerate(kept_blocks)}
@@ -234,13 +268,14 @@ def check_same_blocks(dense: Sequence[nn.Module], shorter: Sequence[nn.Module], 
     """
     for index, number in enumerate(kept_blocks):
         expected, actual = _description(dense[number]), _description(shorter[index])
-        if expected != actual:
-            difference = next(key for key in sorted(expected.keys() | actual.keys()) if expected.get(key) != actual.get(key))
-            raise ValueError(
-                f"block {number} would change when it becomes block {index}: {difference} is "
-                f"{expected.get(difference)!r} there and {actual.get(difference)!r} here; this architecture derives it "
-                "from the block's number, so blocks cannot be removed for good"
-            )
+        for name in sorted(expected.keys() | actual.keys()):
+            before, after = expected.get(name), actual.get(name)
+            if before != after:
+                raise ValueError(
+                    f"block {number} would change when it becomes block {index}: {name or 'it'} is {before!r} there "
+                    f"and {after!r} here; this architecture derives it from the block's number, so blocks cannot be "
+                    "removed for good"
+                )
 
 
 def _description(block: nn.Module) -> dict[str, Any]:

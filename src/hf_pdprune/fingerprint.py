@@ -10,6 +10,14 @@ from .plan import PruningPlan
 
 
 _SAMPLED_ROWS = 64
+_SHAPE_ENTRIES = (
+    "model_type",
+    "hidden_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -23,10 +31,7 @@ def model_fingerprint(model: nn.Module) -> str:
     if getattr(config, "pdprune", None) is not None:
         return PruningPlan.entry_of(config)["fingerprint"]
     text_config = config.get_text_config(decoder=True)
-    shape = {
-        name: getattr(text_config, name, None)
-        for name in ("model_type", "hidden_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim")
-    }
+    shape = {name: getattr(text_config, name, None) for name in _SHAPE_ENTRIES}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     weight = model.get_input_embeddings().weight.detach()
     rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0])).long()

@@ -1,9 +1,9 @@
-"""PruningPlan: what each stage removes or merges, and which blocks are token-aware. The only translator of block numbers."""
+"""PruningPlan: what each stage removes or merges, which blocks are token-aware. It alone translates block numbers."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,8 @@ class KVPlan:
                 raise ValueError(f"kv.{name} must be a whole number of tokens, got {value!r}")
         if self.last_tokens < 1:
             raise ValueError("kv.last_tokens must be at least 1: decode has to see the end of the prompt")
-        return replace(self, token_aware_blocks=check_block_numbers(self.token_aware_blocks, total, "kv.token_aware_blocks"))
+        blocks = check_block_numbers(self.token_aware_blocks, total, "kv.token_aware_blocks")
+        return replace(self, token_aware_blocks=blocks)
 
 
 @dataclass(frozen=True)
@@ -217,11 +218,14 @@ class PruningPlan:
         if config.model_type != self.model_type or actual != len(blocks):
             what = "a dense model" if entry is None else f"a {entry['stage']} stage"
             raise ValueError(
-                f"the plan is for {self.base_model} ({self.model_type}, {len(blocks)} blocks in {what}), but the model "
-                f"is {config.model_type} with {actual} blocks"
+                f"the plan is for {self.base_model} ({self.model_type}, {len(blocks)} blocks in {what}), but the "
+                f"model is {config.model_type} with {actual} blocks"
             )
-        if entry is not None and PruningPlan.from_config(config).digest != self.digest:
-            raise ValueError(f"the {entry['stage']} stage checkpoint was made with another plan than this one")
+        if entry is not None:
+            there = PruningPlan.from_config(config)
+            # The KV part may differ: what is handed over can be chosen anew for the same checkpoints.
+            if (there.prefill, there.decode) != (self.prefill, self.decode):
+                raise ValueError(f"the {entry['stage']} stage checkpoint was made with another plan than this one")
         return blocks
 
     def config_entry(self, stage: str, fingerprint: str) -> dict[str, Any]:
@@ -291,7 +295,7 @@ class PruningPlan:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "PruningPlan":
-        """The plan in `data` (the parsed JSON). Unknown keys and a newer format raise a `ValueError` naming the key."""
+        """The plan in `data` (the parsed JSON). An unknown key or a newer format raises a `ValueError` naming it."""
         if isinstance(data, dict) and "format_version" in data:
             version = data["format_version"]
             if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMAT_VERSION:
@@ -343,7 +347,8 @@ class PruningPlan:
             try:
                 path = Path(cached_file(str(folder_or_repo), PLAN_FILE_NAME, **hub_kwargs))
             except OSError as error:
-                raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {folder_or_repo!s}: neither a folder nor a repo") from error
+                where = f"{folder_or_repo!s}: neither a folder nor a repo"
+                raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {where}") from error
         if not path.is_file():
             raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {path.parent}")
         try:

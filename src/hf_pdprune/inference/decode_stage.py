@@ -3,8 +3,9 @@
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from ..kv import KVPayload, TokenAwareCache
+from ..kv import KVPayload, PayloadError, TokenAwareCache
 from .stage import Stage, position_ids
 
 
@@ -27,40 +28,67 @@ class DecodeStage(Stage):
         """
         Args:
             payload ([`KVPayload`]): What prefill handed over, the first token included. Its tensors may be changed.
-            generate_kwargs: As for `model.generate`. The first token counts as one of `max_new_tokens`.
+            generate_kwargs: As for `model.generate`. The first token counts as one of `max_new_tokens`, and all beams
+                and returned sequences of a prompt begin with it.
 
         Returns:
-            `torch.LongTensor`: Shape `(batch_size, prompt_tokens + new tokens)`, as `model.generate` returns it.
+            `torch.LongTensor`: Shape `(batch_size * num_return_sequences, prompt_tokens + new tokens)`, as
+            `model.generate` returns it.
 
         Raises:
-            `PayloadError`: If the payload is of another plan or of another pair of stages.
+            `PayloadError`: If the payload is of another plan or of another pair of stages, or has no first token.
         """
         payload.check_model(self.fingerprint)
+        if payload.first_token is None:
+            raise PayloadError("the payload has no first token: it was made for teacher forcing")
         payload = payload.to(self.model.device)
-        config = generate_kwargs.get("generation_config") or self.model.generation_config
-
-        def setting(name: str) -> Any:
-            return generate_kwargs[name] if generate_kwargs.get(name) is not None else getattr(config, name)
-
-        for name in ("max_new_tokens", "min_new_tokens"):  # the first token is one of them
-            if setting(name) is not None:
-                generate_kwargs[name] = setting(name) - 1
         sequences = torch.cat([payload.prompt_ids, payload.first_token], dim=1)
-        ended = _is_any_of(payload.first_token, setting("eos_token_id"))
-        if ended.all() or generate_kwargs.get("max_new_tokens") == 0:
-            return sequences
         mask = torch.cat([payload.prompt_mask, torch.ones_like(payload.first_token)], dim=1)
-        with self.active():
-            with TokenAwareCache.from_payload(payload, self.plan, self.model, self.running_blocks) as cache:
-                generated = self.model.generate(
-                    input_ids=sequences,
-                    attention_mask=mask,
-                    past_key_values=cache,
-                    **generate_kwargs,
-                )
-        # Rows that ended with the first token: generate took it for a part of the prompt and went on.
-        generated[ended, sequences.shape[1] :] = _padding_token(setting("pad_token_id"), setting("eos_token_id"))
-        return generated
+        eos, pad = (self.generation_setting(generate_kwargs, name) for name in ("eos_token_id", "pad_token_id"))
+        returned = self.generation_setting(generate_kwargs, "num_return_sequences") or 1
+        copies = max(returned, self.generation_setting(generate_kwargs, "num_beams") or 1)
+        more_tokens = self._max_new_tokens(payload.prompt_tokens, generate_kwargs) - 1
+        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens") or 0
+        streamer = generate_kwargs.get("streamer")
+        generate_kwargs |= {"max_new_tokens": more_tokens, "min_new_tokens": max(min_new_tokens - 1, 0)}
+        generate_kwargs |= {"max_length": None, "return_dict_in_generate": False}
+
+        # Rows that ended with the first token stay out: generate would take it for a part of the prompt and go on.
+        goes_on = ~_is_any_of(payload.first_token, eos)
+        generated = sequences[goes_on].repeat_interleave(returned, dim=0)
+        if more_tokens > 0 and goes_on.any():
+            with self.active():
+                with TokenAwareCache.from_payload(payload, self.plan, self.model, self.running_blocks) as cache:
+                    if not goes_on.all():
+                        cache.batch_select_indices(goes_on.nonzero()[:, 0])
+                    if copies > 1:
+                        cache.batch_repeat_interleave(copies)
+                    generated = self.model.generate(
+                        input_ids=sequences[goes_on],
+                        attention_mask=mask[goes_on],
+                        past_key_values=cache,
+                        **generate_kwargs,
+                    )
+        elif streamer is not None:
+            streamer.put(sequences.cpu())
+            streamer.end()
+        if goes_on.all():
+            return generated
+        filler = pad if pad is not None else eos[0] if isinstance(eos, list) else eos  # as model.generate fills rows
+        result = sequences.new_full((len(sequences) * returned, generated.shape[1]), filler)
+        result[:, : sequences.shape[1]] = sequences.repeat_interleave(returned, dim=0)
+        result[goes_on.repeat_interleave(returned)] = generated
+        return result
+
+    def _max_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int:
+        """How many tokens `model.generate` would add to the prompt."""
+        max_new_tokens = self.generation_setting(generate_kwargs, "max_new_tokens")
+        max_length = self.generation_setting(generate_kwargs, "max_length")
+        if max_new_tokens is not None:
+            return max_new_tokens
+        if max_length is not None:
+            return max_length - prompt_tokens
+        return GenerationConfig._get_default_generation_params()["max_length"]
 
     def forward(
         self, payload: KVPayload, completion_ids: torch.LongTensor, completion_mask: torch.Tensor
@@ -76,7 +104,11 @@ class DecodeStage(Stage):
         Returns:
             `torch.FloatTensor`: Logits of the token after each completion token,
             shape `(batch_size, completion_tokens, vocab_size)`.
+
+        Raises:
+            `PayloadError`: If the payload is of another plan or of another pair of stages.
         """
+        payload.check_model(self.fingerprint)
         mask = torch.cat([payload.prompt_mask, completion_mask], dim=1)
         with self.active():
             with TokenAwareCache.from_payload(payload, self.plan, self.model, self.running_blocks) as cache:
@@ -94,8 +126,3 @@ def _is_any_of(tokens: torch.Tensor, ids: int | list[int] | None) -> torch.Tenso
     """Which rows of `tokens` (batch_size, 1) are one of `ids`."""
     wanted = [] if ids is None else ids if isinstance(ids, list) else [ids]
     return torch.isin(tokens[:, 0], torch.tensor(wanted, device=tokens.device, dtype=tokens.dtype))
-
-
-def _padding_token(pad: int | None, eos: int | list[int]) -> int:
-    """What `model.generate` fills ended rows with."""
-    return pad if pad is not None else eos[0] if isinstance(eos, list) else eos

@@ -21,7 +21,8 @@ def disaggregated_forward(
         prefill ([`PrefillStage`]): The stage that reads the prompts and predicts the first completion token.
         decode ([`DecodeStage`]): The stage that predicts the others.
         batch (`Mapping[str, torch.Tensor]`): `prompt_ids` and `prompt_mask` of shape `(batch_size, prompt_tokens)`,
-            padded left; `completion_ids` and `completion_mask` of shape `(batch_size, completion_tokens)`, padded right.
+            padded left; `completion_ids` and `completion_mask` of shape `(batch_size, completion_tokens)`, padded
+            right.
 
     Returns:
         `torch.FloatTensor`: Logits that predict each completion token, shape

@@ -35,9 +35,10 @@ class PrefillStage(Stage):
         Args:
             input_ids (`torch.LongTensor`): Shape `(batch_size, prompt_tokens)`, padded left.
             attention_mask (`torch.Tensor`, *optional*): Shape `(batch_size, prompt_tokens)`, 0 for padding.
-            return_log_probs (`bool`, defaults to `False`): Whether the payload carries the first token's log-probabilities.
-            generate_kwargs: As for `model.generate` (`do_sample`, `temperature`, ...); how many tokens decode generates
-                is up to decode.
+            return_log_probs (`bool`, defaults to `False`): Whether the payload carries the first token's
+                log-probabilities.
+            generate_kwargs: As for `model.generate` (`do_sample`, `temperature`, ...). How many tokens, beams and
+                sequences there will be is up to decode.
 
         Raises:
             `ValueError`: If a prompt is longer than the model's context.
@@ -45,9 +46,13 @@ class PrefillStage(Stage):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self._check_length(input_ids.shape[1])
-        generate_kwargs = {**generate_kwargs, "max_new_tokens": 1, "return_dict_in_generate": True}
-        for key in ("max_length", "min_length", "min_new_tokens", "streamer"):
-            generate_kwargs.pop(key, None)
+        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens") or 0
+        min_length = self.generation_setting(generate_kwargs, "min_length") or 0
+        ends_early = max(min_new_tokens, min_length - input_ids.shape[1]) <= 0
+        generate_kwargs |= {"max_new_tokens": 1, "min_new_tokens": 0 if ends_early else 1, "min_length": 0}
+        generate_kwargs |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
+        for name in ("max_length", "streamer", "assistant_model", "prompt_lookup_num_tokens"):
+            generate_kwargs.pop(name, None)
         with self.active(), self._new_cache(input_ids) as cache:
             output = self.model.generate(
                 input_ids=input_ids,

@@ -1,7 +1,8 @@
 """Stage: a view of a model as one stage of a plan."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,8 @@ class Stage:
     the weights. A stage checkpoint is the stage already.
 
     Args:
-        model ([`~transformers.PreTrainedModel`]): The dense model (with adapters or not), or a checkpoint of this stage.
+        model ([`~transformers.PreTrainedModel`]): The dense model (with adapters or not), or a checkpoint of this
+            stage.
         plan ([`PruningPlan`]): The plan.
         adapter (`str`, *optional*): Name of the adapter that this stage applies.
         module (`nn.Module`, *optional*): What is called in a forward where that is not `model` itself but a wrapper
@@ -31,7 +33,9 @@ class Stage:
 
     name: str
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, adapter: str | None = None, module: nn.Module | None = None):
+    def __init__(
+        self, model: nn.Module, plan: PruningPlan, adapter: str | None = None, module: nn.Module | None = None
+    ):
         blocks = plan.blocks_of(model.config)
         entry = getattr(model.config, "pdprune", None)
         if entry is not None and entry["stage"] != self.name:
@@ -43,6 +47,12 @@ class Stage:
         self.running_blocks = plan.kept_blocks(self.name)
         self.bypassed = tuple(index for index, block in enumerate(blocks) if block not in self.running_blocks)
         self.fingerprint = model_fingerprint(model)
+
+    def generation_setting(self, generate_kwargs: Mapping[str, Any], name: str) -> Any:
+        """What `model.generate(**generate_kwargs)` will use for `name`; `None` for a default of transformers."""
+        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+        values = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), None)
 
     @contextmanager
     def active(self) -> Iterator[None]:

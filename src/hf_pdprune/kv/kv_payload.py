@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 PAYLOAD_FORMAT_VERSION = 1
 _METADATA_KEYS = ("format_version", "plan_digest", "model_fingerprint", "nbytes_dense", "data_crc32", "header_sha256")
 _NO_DIGEST = "0" * 64
+_WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -66,7 +68,12 @@ class KVPayload:
 
     @classmethod
     def from_cache(
-        cls, cache: "TokenAwareCache", prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, fingerprint: str, **first: Any
+        cls,
+        cache: "TokenAwareCache",
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        fingerprint: str,
+        **first: Any,
     ) -> "KVPayload":
         """
         What `cache`, which has read exactly the prompt, hands over: the entries of the blocks that decode has.
@@ -82,13 +89,16 @@ class KVPayload:
         batch_size, prompt_tokens = prompt_ids.shape
         some_keys, some_values = next(iter(entries.values()))
         per_token = sum(t.shape[1] * t.shape[3] * t.element_size() for t in (some_keys, some_values))
+        # A sliding window bounds what the dense model would send, too.
+        windows = [getattr(layer, "sliding_window", prompt_tokens + 1) - 1 for layer in cache.layers]
+        tokens = sum(min(prompt_tokens, window) for window in windows) * plan.num_hidden_layers // len(windows)
         return cls(
             entries=entries,
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
             plan_digest=plan.digest,
             model_fingerprint=fingerprint,
-            nbytes_dense=plan.num_hidden_layers * batch_size * prompt_tokens * per_token,
+            nbytes_dense=batch_size * tokens * per_token,
             **first,
         )
 
@@ -149,7 +159,7 @@ class KVPayload:
     # The wire format: one safetensors file whose metadata says what it is
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are sent, by name, those with the widest elements first (safetensors needs no padding then)."""
+        """The tensors that are sent, by name. Those with the widest elements come first: none needs padding then."""
         tensors = {}
         for block, (keys, values) in self.entries.items():
             tensors[f"keys.{block}"], tensors[f"values.{block}"] = keys, values
@@ -209,7 +219,8 @@ class KVPayload:
             raise PayloadError(f"the payload has no {missing[0]}")
         prompt_ids, prompt_mask = tensors.pop("prompt_ids").long(), tensors.pop("prompt_mask").long()
         if prompt_ids.dim() != 2 or prompt_ids.shape != prompt_mask.shape:
-            raise PayloadError(f"prompt_ids {tuple(prompt_ids.shape)} and prompt_mask {tuple(prompt_mask.shape)} differ")
+            shapes = f"prompt_ids {tuple(prompt_ids.shape)}, prompt_mask {tuple(prompt_mask.shape)}"
+            raise PayloadError(f"the payload's prompts do not fit together: {shapes}")
         batch_size = prompt_ids.shape[0]
         first_token, first_log_probs = tensors.pop("first_token", None), tensors.pop("first_log_probs", None)
         if first_token is not None and tuple(first_token.shape) != (batch_size, 1):
@@ -239,16 +250,16 @@ def _checked_metadata(data: bytes) -> dict[str, str]:
     try:
         header = json.loads(raw)
         metadata = header["__metadata__"]
-        version, digest = metadata["format_version"], metadata["header_sha256"]
+        version, digest = metadata["format_version"], str(metadata["header_sha256"]).encode()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise PayloadError("these bytes are no KV payload: their header has no payload metadata") from error
     if version != str(PAYLOAD_FORMAT_VERSION):
-        raise PayloadError(f"the payload has format {version!r}, this hf_pdprune reads format {PAYLOAD_FORMAT_VERSION}")
-    expected = raw.replace(str(digest).encode(), _NO_DIGEST.encode(), 1)
-    if hashlib.sha256(expected).hexdigest() != digest:
+        raise PayloadError(f"the payload has format {version!r}; this hf_pdprune reads {PAYLOAD_FORMAT_VERSION}")
+    expected = raw.replace(digest, _NO_DIGEST.encode(), 1)
+    if hashlib.sha256(expected).hexdigest().encode() != digest:
         raise PayloadError("the payload's header was altered: its digest differs")
     wrong = [key for key in _METADATA_KEYS if not isinstance(metadata.get(key), str)]
-    if wrong or not metadata["nbytes_dense"].isdecimal():
+    if wrong or not _WHOLE_NUMBER.fullmatch(metadata["nbytes_dense"]):
         raise PayloadError(f"the payload's metadata has no valid {wrong[0] if wrong else 'nbytes_dense'}")
     body = memoryview(data)[8 + header_size :]
     described = _data_size(header)
@@ -263,16 +274,18 @@ def _data_size(header: Mapping[str, Any]) -> int:
     """Bytes of data that a safetensors header describes."""
     try:
         return max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise PayloadError("the payload's header does not describe its tensors") from error
 
 
-def _entries_by_block(tensors: dict[str, torch.Tensor], batch_size: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+def _entries_by_block(
+    tensors: dict[str, torch.Tensor], batch_size: int
+) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values by block number, from tensors named `keys.<block>` and `values.<block>`."""
     entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for name, keys in tensors.items():
         kind, _, block = name.partition(".")
-        if kind not in ("keys", "values") or not block.isdecimal() or f"values.{block}" not in tensors:
+        if kind not in ("keys", "values") or not _WHOLE_NUMBER.fullmatch(block) or f"values.{block}" not in tensors:
             raise PayloadError(f"the payload has an unexpected tensor {name!r}")
         if kind == "keys":
             values = tensors[f"values.{block}"]

@@ -12,9 +12,9 @@ class PromptWindow:
 
     Args:
         prompt_tokens (`int`): Length of the padded prompt.
-        columns (`torch.LongTensor`): Kept columns, rising: of shape `(kept_tokens,)` where all rows keep the same, else
-            `(batch_size, kept_tokens)`. A row with fewer real tokens than the others keep is filled up with columns of
-            its padding, which the attention mask hides anyway.
+        columns (`torch.LongTensor`): Kept columns, rising: of shape `(kept_tokens,)` where all rows keep the same,
+            else `(batch_size, kept_tokens)`. A row with fewer real tokens than the others keep is filled up with
+            columns of its padding, which the attention mask hides anyway.
     """
 
     prompt_tokens: int
@@ -83,6 +83,29 @@ class PromptWindow:
         batch_size = columns.shape[0]
         columns = columns.view(batch_size, *(1,) * (mask.dim() - 2), -1)
         return mask.expand(batch_size, *mask.shape[1:]).gather(-1, columns.expand(-1, *mask.shape[1:-1], -1))
+
+    def hide_dropped(self, mask: torch.Tensor | None, first_query: int, queries: int) -> torch.Tensor:
+        """
+        An attention mask over all columns in which the queries after the prompt do not see the dropped ones.
+
+        Args:
+            mask (`torch.Tensor`, *optional*): Boolean or additive, of shape
+                `(batch_size or 1, num_heads or 1, queries, tokens)`; `None` for a causal mask.
+            first_query (`int`): Position of the first query.
+            queries (`int`): Their number; the last one is the last of `tokens`.
+        """
+        device = self.columns.device if mask is None else mask.device
+        tokens = first_query + queries
+        if mask is None:
+            mask = torch.ones((1, 1, queries, tokens), dtype=torch.bool, device=device).tril(first_query)
+        columns = torch.atleast_2d(self.columns.to(device))
+        dropped = torch.arange(tokens, device=device).lt(self.prompt_tokens).repeat(len(columns), 1)
+        dropped = dropped.scatter(-1, columns, False)[:, None, None, :]
+        after_prompt = torch.arange(first_query, tokens, device=device).ge(self.prompt_tokens)
+        hidden = dropped & after_prompt[:, None]
+        if mask.dtype == torch.bool:
+            return mask & ~hidden
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def index_rows(self, rows: torch.Tensor) -> "PromptWindow":
         """The window of the given rows (beam search reorders, repeats and drops rows)."""

@@ -1,8 +1,7 @@
 """TokenAwareCache: after the prompt, token-aware blocks hold the KV of its first and last tokens only."""
 
-import inspect
-import weakref
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,9 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..blocks import get_blocks, get_decoder
+from ..blocks import check_attends_by_mask
 from ..plan import PruningPlan
+from .forward_hooks import ForwardHooks
 from .kv_payload import KVPayload, PayloadError
 from .prompt_window import PromptWindow
 
@@ -55,7 +55,7 @@ class TokenAwareLayer(DynamicLayer):
                 f"({self.window.prompt_tokens} tokens), of which only the first and the last are held"
             )
         super().crop(tokens_to_remove)
-        self.seen_tokens += tokens_to_remove
+        self.seen_tokens = max(self.seen_tokens + tokens_to_remove, 0)
 
     def reset(self) -> None:
         super().reset()
@@ -78,13 +78,14 @@ class TokenAwareCache(Cache):
         model ([`~transformers.PreTrainedModel`]): The model that generates: the dense one, or a stage checkpoint,
             whose config says which stage it is.
         prompt_tokens (`int`, *optional*): Length of the (padded) prompt. By default the prompt is what the first
-            forward reads; say it when the prompt is read in several chunks (`prefill_chunk_size`).
+            forward reads; say it where that is not so: when the prompt is read in several chunks
+            (`prefill_chunk_size`), and in assisted and prompt-lookup decoding, where it reads candidates too.
         running_blocks (`Sequence[int]`, *optional*): Dense numbers of the blocks that run, where some of `model` are
             bypassed. Default: all that the model has.
 
     Raises:
-        `ValueError`: If the model is not one of the plan, or if a token-aware block is of a kind that cannot be
-        shortened (linear attention, state space, shared KV).
+        `ValueError`: If the model is not one of the plan, if a block keeps anything but one KV entry per token (linear
+        attention, state space, shared KV), or if its attention depends on dropped tokens otherwise (ALiBi).
     """
 
     def __init__(
@@ -101,17 +102,20 @@ class TokenAwareCache(Cache):
         self.running_layers = tuple(index for index, block in enumerate(self.blocks) if block in running)
         self.prompt_tokens = prompt_tokens
         self.prompt_is_complete = False
-        token_aware = [i for i in self.running_layers if self.blocks[i] in plan.kv.token_aware_blocks]
-        for index in token_aware:
-            layer = self.layers[index]
-            if type(layer) is DynamicLayer:
-                self.layers[index] = TokenAwareLayer()
-            elif not isinstance(layer, DynamicSlidingWindowLayer):  # a sliding window is bounded already: left as it is
+        self.repeats_sequence = False
+        for index in self.running_layers:
+            kind = type(self.layers[index])
+            if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
                 raise ValueError(
-                    f"block {self.blocks[index]} cannot be token-aware: {model.config.model_type} keeps its state in "
-                    f"a {type(layer).__name__}, which has no entry per prompt token"
+                    f"{model.config.model_type} keeps the state of block {self.blocks[index]} in a {kind.__name__}, "
+                    "not in KV entries of its own, one per token: there is nothing to select and hand over"
                 )
-        self._hooks = _ForwardHooks(self, model)
+            # A sliding window is bounded already: left as it is.
+            if self.blocks[index] in plan.kv.token_aware_blocks and kind is DynamicLayer:
+                self.layers[index] = TokenAwareLayer()
+        if self.token_aware_layers:
+            check_attends_by_mask(model)
+        self._hooks = ForwardHooks(self, model)
 
     @classmethod
     def from_payload(
@@ -155,29 +159,35 @@ class TokenAwareCache(Cache):
 
     # Before a forward
 
-    def begin_forward(self, new_tokens: int, attention_mask: torch.Tensor | None) -> None:
+    def begin_forward(self, rows: int, new_tokens: int, attention_mask: torch.Tensor | None) -> None:
         """
         Prepares a forward over `new_tokens` tokens: if it completes the prompt, works out what the window keeps. The
         hook on the decoder calls it before the blocks run.
 
         Args:
+            rows (`int`): Rows of this forward.
             new_tokens (`int`): Tokens per row in this forward.
-            attention_mask (`torch.Tensor`, *optional*): Shape `(batch_size, seen_tokens + new_tokens)`, 0 for padding.
+            attention_mask (`torch.Tensor`, *optional*): Shape `(rows, seen tokens + new_tokens)`, 0 for padding.
+
+        Raises:
+            `ValueError`: If that does not fit what the cache holds.
         """
-        total = self.get_seq_length() + new_tokens
-        if self.prompt_is_complete or total < (self.prompt_tokens or 0):
+        seen = self.get_seq_length()
+        if self.batch_rows not in (0, rows):
+            raise ValueError(f"the cache holds {self.batch_rows} rows, this forward has {rows}")
+        if attention_mask is not None and attention_mask.shape != (rows, seen + new_tokens):
+            raise ValueError(
+                f"the cache has seen {seen} tokens and this forward brings {new_tokens}: it needs the padding mask of "
+                f"all of them, of shape {(rows, seen + new_tokens)}, got {tuple(attention_mask.shape)}"
+            )
+        if self.prompt_is_complete or seen + new_tokens < (self.prompt_tokens or 0):
             return
         if self.prompt_tokens is None:
-            self.prompt_tokens = total
-        if attention_mask is not None and attention_mask.dim() != 2:
-            raise ValueError(
-                "TokenAwareCache needs the 2D padding mask (batch_size, tokens), got one of shape "
-                f"{tuple(attention_mask.shape)}"
-            )
+            self.prompt_tokens = seen + new_tokens
         self.complete_prompt(attention_mask)
 
     def complete_prompt(self, padding_mask: torch.Tensor | None) -> PromptWindow | None:
-        """Fixes the window of the prompt, whose `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
+        """Fixes the window of the prompt. `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
         self.prompt_is_complete = True
         if padding_mask is not None:
             padding_mask = padding_mask[:, : self.prompt_tokens]
@@ -188,9 +198,14 @@ class TokenAwareCache(Cache):
         return window
 
     @property
+    def token_aware_indices(self) -> list[int]:
+        """Where the layers are that are shortened after the prompt."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, TokenAwareLayer)]
+
+    @property
     def token_aware_layers(self) -> list[TokenAwareLayer]:
         """The layers that are shortened after the prompt."""
-        return [layer for layer in self.layers if isinstance(layer, TokenAwareLayer)]
+        return [self.layers[index] for index in self.token_aware_indices]
 
     @property
     def nbytes(self) -> int:
@@ -243,14 +258,46 @@ class TokenAwareCache(Cache):
 
     # Going back
 
+    def activate_past_recording(self) -> None:
+        # Assisted decoding calls this and then hands its first forward the whole sequence, candidates included,
+        # whatever the cache holds of it (transformers 5.23; a plain cache gives wrong tokens then).
+        if self.prompt_tokens is None:
+            raise ValueError(
+                "assisted decoding reads the prompt together with its first candidates: say how long the prompt is, "
+                "TokenAwareCache(..., prompt_tokens=input_ids.shape[1])"
+            )
+        super().activate_past_recording()
+        self.repeats_sequence = True
+
+    def unseen_tokens(self, tokens: int) -> int:
+        """How many of the `tokens` that a forward is given are new; the last ones are."""
+        seen = self.get_seq_length() if self.repeats_sequence else 0
+        self.repeats_sequence = False
+        return tokens - seen if tokens > seen else tokens
+
     def crop(self, tokens_to_remove: int) -> None:
-        # All or nothing: the shortened layers refuse before any other has been cropped.
-        for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, TokenAwareLayer)):
-            layer.crop(tokens_to_remove)
+        """Forgets the last `-tokens_to_remove` tokens. If any block cannot, it raises and leaves all as they are."""
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            super().crop(tokens_to_remove)
+        except Exception:
+            for layer, state in zip(self.layers, before, strict=True):
+                vars(layer).update(state)
+            raise
 
     def reset(self) -> None:
+        """Forgets everything, the length of the prompt too: the next forward reads a new one."""
         super().reset()
-        self.prompt_tokens, self.prompt_is_complete = None, False
+        self.prompt_tokens, self.prompt_is_complete, self.repeats_sequence = None, False, False
+
+    def __deepcopy__(self, memo: dict) -> "TokenAwareCache":
+        # The hooks know their cache: a copy, with which another answer to the same prompt begins, needs its own.
+        duplicate = memo[id(self)] = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            if name not in ("plan", "_hooks"):
+                setattr(duplicate, name, copy.deepcopy(value, memo))
+        duplicate.plan, duplicate._hooks = self.plan, ForwardHooks(duplicate, self._hooks.model)
+        return duplicate
 
     def close(self) -> None:
         """Takes the hooks off the model. A later forward with this cache would not know what was dropped."""
@@ -261,73 +308,3 @@ class TokenAwareCache(Cache):
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
-
-
-class _ForwardHooks:
-    """The forward pre-hooks of one cache on a model: one on the decoder, one on each token-aware block."""
-
-    def __init__(self, cache: TokenAwareCache, model: nn.Module):
-        self.cache = weakref.ref(cache)
-        self.is_active = False  # whether the running forward is one with this cache
-        self.mask: tuple[torch.Tensor, torch.Tensor] | None = None  # the running forward's mask and the part held
-        decoder, blocks = get_decoder(model), get_blocks(model)
-        handles = [decoder.register_forward_pre_hook(self._begin_forward(decoder), with_kwargs=True)]
-        for index, layer in enumerate(cache.layers):
-            if isinstance(layer, TokenAwareLayer):
-                hook = self._fit_mask(blocks[index], layer)
-                handles.append(blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
-        self.remove = weakref.finalize(cache, _remove_all, handles)
-
-    def _begin_forward(self, decoder: nn.Module) -> Callable:
-        arguments = _Arguments(decoder)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            cache = self.cache()
-            self.is_active = cache is not None and arguments.get("past_key_values", args, kwargs) is cache
-            self.mask = None
-            if self.is_active:
-                tokens = arguments.get("input_ids", args, kwargs)
-                if tokens is None:
-                    tokens = arguments.get("inputs_embeds", args, kwargs)
-                cache.begin_forward(tokens.shape[1], arguments.get("attention_mask", args, kwargs))
-
-        return hook
-
-    def _fit_mask(self, block: nn.Module, layer: TokenAwareLayer) -> Callable:
-        arguments = _Arguments(block)
-
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not self.is_active or not layer.is_shortened:
-                return None
-            mask = arguments.get("attention_mask", args, kwargs)
-            if mask is None:  # nothing is padded and one query sees all that is held
-                return None
-            if self.mask is None or self.mask[0] is not mask:  # one mask serves all blocks: fitted once per forward
-                self.mask = (mask, layer.window.select_mask(mask))
-            return arguments.replaced("attention_mask", self.mask[1], args, kwargs)
-
-        return hook
-
-
-def _remove_all(handles: list) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-class _Arguments:
-    """Reads and replaces an argument of a module's forward by name, however it was passed."""
-
-    def __init__(self, module: nn.Module):
-        self.index = {name: index for index, name in enumerate(inspect.signature(module.forward).parameters)}
-
-    def get(self, name: str, args: tuple, kwargs: dict) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        index = self.index.get(name, len(args))
-        return args[index] if index < len(args) else None
-
-    def replaced(self, name: str, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if name in kwargs:
-            return args, {**kwargs, name: value}
-        index = self.index[name]
-        return (*args[:index], value, *args[index + 1 :]), kwargs

@@ -46,12 +46,6 @@ class BlockRemovalCallback(TrainerCallback):
     ) -> None:
         self.current_plan = self.plan_of_round(self.round_at(state.global_step, state.max_steps))
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs: Any
-    ) -> None:
-        logs["prefill_blocks"] = len(self.current_plan.kept_blocks("prefill"))
-        logs["decode_blocks"] = len(self.current_plan.kept_blocks("decode"))
-
 
 def _restricted(stage: StagePlan, gone: set[int]) -> StagePlan:
     """The part of a stage's plan in which only blocks of `gone` are missing."""

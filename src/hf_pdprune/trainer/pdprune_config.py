@@ -85,5 +85,8 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(
                 "gradient_checkpointing is not supported: recomputing a block would append to its KV cache twice"
             )
-        if self.packing or self.padding_free:
-            raise ValueError("packing and padding_free are not supported: each row needs its own prompt and completion")
+        if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
+            raise ValueError(
+                "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined text "
+                "into rows of max_length): each row needs a prompt and a completion of its own"
+            )

@@ -55,7 +55,6 @@ class PDPruneTrainer(SFTTrainer):
     _tag_names = ["hf_pdprune", "pruned", "prefill-decode-disaggregation"]
     _name = "PDPrune"
     loss_is_scaled_for_ga = True
-    _loss_shifts_labels = False  # the collator's labels are aligned with the logits
 
     def __init__(
         self,
@@ -75,6 +74,9 @@ class PDPruneTrainer(SFTTrainer):
             model = create_model_from_path(model, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
         self.plan.blocks_of(model.config)  # raises if the plan is of another model
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context is not None:  # rows are cut to max_length, which no model can exceed
+            args.max_length = min(args.max_length or context, context)
         self.removal = BlockRemovalCallback(self.plan, args.removal_rounds, args.removal_fraction)
         model = self._with_adapters(model, args, peft_config)
         pad_token_id = processing_class.pad_token_id if processing_class is not None else None
@@ -89,8 +91,8 @@ class PDPruneTrainer(SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self._loss_shifts_labels = False  # the collator's labels are aligned with the logits
         self.add_callback(self.removal)
-        self._check_context_length()
 
     def _with_adapters(self, model: PreTrainedModel, args: PDPruneConfig, peft_config: PeftConfig | None) -> nn.Module:
         """The model with one adapter per stage, both of which learn."""
@@ -116,11 +118,6 @@ class PDPruneTrainer(SFTTrainer):
         for stage in STAGES:
             for parameter in adapter_parameters(model, stage).values():
                 parameter.requires_grad_(True)
-
-    def _check_context_length(self) -> None:
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and self.args.max_length is not None and self.args.max_length > context:
-            raise ValueError(f"max_length {self.args.max_length} is longer than the model's context of {context} tokens")
 
     def stages(self, module: nn.Module | None = None, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
         """
@@ -171,6 +168,8 @@ class PDPruneTrainer(SFTTrainer):
         loss, agreeing, tokens = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
         self._metrics[mode]["distillation_loss"].append(loss / max(tokens, 1))
         self._metrics[mode]["top1_agreement"].append(agreeing / max(tokens, 1))
+        for stage in STAGES:
+            self._metrics[mode][f"{stage}_blocks"] = [len(self.removal.current_plan.kept_blocks(stage))]
         if mode == "train":
             tokens = (inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()).unsqueeze(0)
             self._total_train_tokens += int(self.accelerator.gather_for_metrics(tokens).sum())

@@ -1,0 +1,357 @@
+"""
+From a dense model to two stage checkpoints that generate together: statistics -> plan -> distillation -> checkpoints
+-> quality -> hand-over between two processes -> benchmark -> report.
+
+    accelerate launch recipes/prune.py --config recipes/smollm2-135m/demo.yaml
+
+Every key of the YAML file can be given on the command line too (`--num_decode_blocks 5`). Each step writes an artefact
+into `output_dir` and is skipped where that is there already: an interrupted run goes on where it stopped.
+"""
+
+import json
+import os
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from hf_pdprune import PruningPlan
+from hf_pdprune.blocks import num_blocks
+from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, evaluate_quality, write_report, write_results
+from hf_pdprune.hub import load_stages
+from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
+from hf_pdprune.plan import PLAN_FILE_NAME
+from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
+from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+
+
+# What a distillation depends on; with other values of these an output_dir is another run.
+TRAINING_SETTINGS = (
+    "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
+    "distillation_loss", "distillation_temperature", "token_aware_distillation", "lora_rank", "lora_alpha",
+)  # fmt: skip
+
+
+@dataclass
+class PruneArguments:
+    """
+    What is pruned, and on which text. A data set is `pydoc-topics` (built in), a file or folder of JSON lines, or a
+    Hub id.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "The dense model: repo id or folder."})
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the dense model."})
+    base_model: str | None = field(
+        default=None,
+        metadata={"help": "Name of the dense model in plan and model cards. Default: model_name_or_path."},
+    )
+    plan: str | None = field(
+        default=None, metadata={"help": "Folder or repo of a plan that is taken as it is, instead of a search."}
+    )
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "float32, bfloat16 or float16. auto: the checkpoint's on an accelerator, float32 on a CPU (where "
+            "bfloat16 can be 30 times slower)."
+        },
+    )
+    calibration_dataset: str = field(default="pydoc-topics", metadata={"help": "Text for statistics and search."})
+    calibration_subset: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    calibration_split: str = field(default="calibration", metadata={"help": "Split of that data set."})
+    calibration_examples: int = field(default=16, metadata={"help": "Examples used of it."})
+    calibration_prompt_tokens: int = field(default=192, metadata={"help": "Prompt tokens of an example."})
+    calibration_completion_tokens: int = field(default=32, metadata={"help": "Completion tokens of an example."})
+    kv_calibration_examples: int = field(
+        default=6, metadata={"help": "Examples with long prompts on which token-aware blocks are chosen."}
+    )
+    kv_calibration_prompt_tokens: int = field(default=512, metadata={"help": "Prompt tokens of such an example."})
+    train_dataset: str = field(default="pydoc-topics", metadata={"help": "Text for distillation."})
+    train_subset: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    train_split: str = field(default="train", metadata={"help": "Split of that data set."})
+    validation_dataset: str = field(default="pydoc-topics", metadata={"help": "Held-out text for the quality table."})
+    validation_subset: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    validation_split: str = field(default="validation", metadata={"help": "Split of that data set."})
+    validation_examples: int = field(default=24, metadata={"help": "Examples used of it."})
+    validation_prompt_tokens: int = field(default=320, metadata={"help": "Prompt tokens of an example."})
+    validation_completion_tokens: int = field(default=64, metadata={"help": "Completion tokens of an example."})
+    batch_size: int = field(default=4, metadata={"help": "Examples per forward in statistics, search and quality."})
+    benchmark_prompt_tokens: int = field(default=1024, metadata={"help": "Prompt length in the benchmark."})
+    sample_prompt: str = field(
+        default="The capital of France is", metadata={"help": "Prompt that dense model and pruned pair continue."}
+    )
+    sample_tokens: int = field(default=32, metadata={"help": "Tokens by which they continue it."})
+    overwrite: bool = field(default=False, metadata={"help": "Start anew where output_dir holds another run."})
+
+
+class Artefacts:
+    """
+    The files of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
+    step was made with others.
+
+    Args:
+        folder (`Path`): `output_dir`.
+        overwrite (`bool`): Whether what other settings have made is made anew instead.
+    """
+
+    def __init__(self, folder: Path, overwrite: bool):
+        self.folder = folder
+        self.overwrite = overwrite
+        self.path = folder / "run.json"
+        self.steps: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+
+    def is_done(self, step: str, settings: dict[str, Any]) -> bool:
+        """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
+        if step not in self.steps:
+            return False
+        recorded = self.steps[step]
+        changed = [key for key in settings if recorded.get(key) != settings[key]]
+        if not changed:
+            return True
+        if not self.overwrite:
+            key = changed[0]
+            raise ValueError(
+                f"{self.folder} holds a run with {key}={recorded.get(key)!r}, not {settings[key]!r}: choose another "
+                "--output_dir, or --overwrite true"
+            )
+        order = list(self.steps)
+        self.steps = {name: self.steps[name] for name in order[: order.index(step)]}
+        return False
+
+    def done(self, step: str, settings: dict[str, Any]) -> None:
+        """Records that `step` is done. What follows from it is done anew."""
+        self.steps[step] = settings
+        write_json(self.path, self.steps)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes a file as a whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The dense model in eval mode, and its tokenizer (with a padding token)."""
+    dtype = args.dtype
+    if dtype == "auto" and not torch.cuda.is_available():
+        dtype = "float32"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, revision=args.model_revision, dtype=dtype
+        )
+    except OSError as error:
+        raise ValueError(f"no model {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.to(PartialState().device).eval(), tokenizer
+
+
+def batches(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:
+    """The held-out examples."""
+    try:
+        examples = tokenize_examples(
+            load_text(args.validation_dataset, args.validation_split, subset=args.validation_subset),
+            tokenizer,
+            args.validation_prompt_tokens,
+            args.validation_completion_tokens,
+            args.validation_examples,
+        )
+    except ValueError as error:
+        raise ValueError(f"validation_dataset {args.validation_dataset!r}: {error}") from error
+    collator = PromptCompletionCollator(tokenizer.pad_token_id)
+    groups = (examples[begin : begin + args.batch_size] for begin in range(0, len(examples), args.batch_size))
+    device = PartialState().device
+    return [{key: tensor.to(device) for key, tensor in collator(group).items()} for group in groups]
+
+
+def check_context(args: PruneArguments, benchmark: BenchmarkConfig, model: PreTrainedModel) -> None:
+    """Raises a `ValueError` that names the option whose prompts the model cannot read, before any long work."""
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    lengths = {
+        "calibration_prompt_tokens": args.calibration_prompt_tokens + args.calibration_completion_tokens,
+        "kv_calibration_prompt_tokens": args.kv_calibration_prompt_tokens + args.calibration_completion_tokens,
+        "validation_prompt_tokens": args.validation_prompt_tokens + args.validation_completion_tokens,
+        "benchmark_prompt_tokens": args.benchmark_prompt_tokens + benchmark.new_tokens,
+    }
+    for name, length in lengths.items():
+        if context is not None and length > context:
+            raise ValueError(
+                f"{name} is too long: {getattr(args, name)} tokens and those after it are {length}, the model's "
+                f"context is {context}"
+            )
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """The latest checkpoint of a training that was written to the end, if any."""
+    complete = []
+    for path in folder.glob("checkpoint-*"):
+        with suppress(OSError, ValueError, KeyError):
+            # trainer_state.json is the last file of a checkpoint
+            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
+    return max(complete)[1] if complete else None
+
+
+def train(
+    args: PruneArguments,
+    training_args: PDPruneConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PruningPlan,
+) -> dict[str, Any]:
+    """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint."""
+    folder = Path(training_args.output_dir)
+    checkpoints = folder / "checkpoints"
+    trainer = PDPruneTrainer(
+        model,
+        plan,
+        args=replace(training_args, output_dir=str(checkpoints)),
+        train_dataset=load_text(args.train_dataset, args.train_split, subset=args.train_subset),
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    trainer.save_model(str(folder))
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    return {"steps": result.global_step, "seconds": round(result.metrics["train_runtime"], 1), "losses": losses}
+
+
+def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
+    """What the dense model makes of a prompt, greedily."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def search(
+    args: PruneArguments,
+    config: SearchConfig,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> PruningPlan:
+    """block_statistics.json and pruning_plan.json."""
+    name = args.base_model or args.model_name_or_path
+
+    def calibration(prompt_tokens: int, max_examples: int) -> Calibration:
+        rows = load_text(args.calibration_dataset, args.calibration_split, subset=args.calibration_subset)
+        try:
+            return Calibration.from_rows(
+                model,
+                tokenizer,
+                rows,
+                prompt_tokens,
+                args.calibration_completion_tokens,
+                max_examples,
+                batch_size=args.batch_size,
+                name=args.calibration_dataset,
+            )
+        except ValueError as error:
+            raise ValueError(f"calibration_dataset {args.calibration_dataset!r}: {error}") from error
+
+    short = calibration(args.calibration_prompt_tokens, args.calibration_examples)
+    statistics = BlockStatistics.measure(model, short.batches, base_model=name)
+    if PartialState().is_main_process:
+        statistics.save_pretrained(folder)
+    if args.plan is not None:
+        plan = PruningPlan.from_pretrained(args.plan)
+        plan.blocks_of(model.config)
+        plan.save_pretrained(folder)
+        return plan
+    long = None
+    if config.num_token_aware_blocks or config.target_kv_reduction:
+        long = calibration(args.kv_calibration_prompt_tokens, args.kv_calibration_examples)
+    return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long)
+
+
+def quality(
+    model: PreTrainedModel,
+    held_out: list[dict[str, torch.Tensor]],
+    unhealed: tuple[PrefillStage, DecodeStage],
+    healed: tuple[PrefillStage, DecodeStage],
+    token_aware: bool,
+) -> dict[str, Any]:
+    """The quality table: dense model, pair before distillation, pair after it."""
+    pairs = {"dense": None, "unhealed": unhealed, "healed": healed}
+    return {
+        name: evaluate_quality(model, held_out, pair, token_aware, description=f"Quality, {name}")
+        for name, pair in pairs.items()
+    }
+
+
+def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
+    folder = Path(training_args.output_dir)
+    run = Artefacts(folder, args.overwrite)
+    benchmark = BenchmarkConfig(prompt_tokens=args.benchmark_prompt_tokens)
+    model, tokenizer = load_model(args)
+    check_context(args, benchmark, model)
+    config.check_model(num_blocks(model.config))
+    held_out = batches(args, tokenizer)  # unknown data and empty text fail before the long work, not after it
+    load_text(args.train_dataset, args.train_split, subset=args.train_subset)
+
+    own = asdict(args)
+    searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
+    searched |= asdict(config)
+    if not run.is_done("plan", searched):
+        if (folder / PLAN_FILE_NAME).exists() and "plan" not in run.steps and not args.overwrite:
+            raise ValueError(f"{folder} holds a plan that another run has made: choose another --output_dir")
+        search(args, config, model, tokenizer, folder)
+        run.done("plan", searched)
+    plan = PruningPlan.from_pretrained(folder)
+
+    trained = {key: own[key] for key in own if key.startswith("train_")}
+    trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
+    if not run.is_done("stages", trained):
+        write_json(folder / "distillation.json", train(args, training_args, model, tokenizer, plan))
+        run.done("stages", trained)
+        del model  # it carries adapters now
+        model, _ = load_model(args)
+    if not PartialState().is_main_process:
+        return
+
+    measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
+    if not run.is_done("results", measured):
+        unhealed = PrefillStage(model, plan), DecodeStage(model, plan)
+        healed = load_stages(folder, dtype=model.dtype)
+        for stage in healed:
+            stage.model.to(model.device)
+        results = {
+            "quality": quality(model, held_out, unhealed, healed, token_aware=True),
+            "quality_all_tokens": quality(model, held_out, unhealed, healed, token_aware=False),
+        }
+        results |= SpeedBenchmark(model, *healed, benchmark).run()
+        handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
+        results["sample"] = {
+            "prompt": args.sample_prompt,
+            "dense": continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens),
+            "pruned": handed_over["texts"][0],
+        }
+        results["distillation"] = json.loads((folder / "distillation.json").read_text())
+        write_results(folder, results)
+        run.done("results", measured)
+    print(write_report(folder))
+    print(f"""
+Next:
+  cat {folder}/report.md
+  python examples/01_handover_two_processes.py      # the pair generates in two processes
+  accelerate launch recipes/benchmark.py --help     # other prompt lengths and batch sizes""")
+
+
+if __name__ == "__main__":
+    try:
+        main(*TrlParser((PruneArguments, SearchConfig, PDPruneConfig)).parse_args_and_config())
+    except (ValueError, OSError, SafetensorError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,5 @@
+from .model_card import model_card
+from .stage_checkpoint import build_stage, export_stage, export_stages, load_stages
+
+
+__all__ = ["build_stage", "export_stage", "export_stages", "load_stages", "model_card"]

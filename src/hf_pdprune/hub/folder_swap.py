@@ -1,0 +1,92 @@
+"""FolderSwap: replaces folders as a whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class FolderSwap:
+    """
+    Context in which the new content of folders is written beside them. At its end the new folders take the place of
+    the old ones by renaming; after an exception the old ones are as they were. A kill leaves each folder old or new
+    (or, between two renamings, the old one aside: the next swap puts it back). What a kill has left beside a folder
+    is removed by the next swap.
+
+    Args:
+        folders (`Path`): The folders to replace; they need not exist.
+
+    Example:
+
+    ```python
+    with FolderSwap(folder) as swap:
+        with swap.writing(folder) as new:
+            (new / "config.json").write_text("{}")
+    ```
+    """
+
+    def __init__(self, *folders: Path):
+        self.folders = folders
+
+    def __enter__(self) -> "FolderSwap":
+        for folder in self.folders:
+            old = _aside(folder, "old")
+            if old.exists() and not folder.exists():
+                os.replace(old, folder)
+        self._clean()
+        return self
+
+    @contextmanager
+    def writing(self, folder: Path) -> Iterator[Path]:
+        """
+        Gives the (empty) folder into which the new content of `folder` is to be written.
+
+        Raises:
+            `OSError`: One line that names the folder, where anything cannot be written.
+        """
+        new = _aside(folder, "new")
+        with naming_folder(folder):
+            new.mkdir(parents=True)
+            yield new
+
+    def __exit__(self, kind: type | None, *exception: object) -> None:
+        try:
+            if kind is None:
+                self._replace()
+        finally:
+            self._clean()
+
+    def _replace(self) -> None:
+        for folder in self.folders:
+            new, old = _aside(folder, "new"), _aside(folder, "old")
+            if folder.exists():
+                os.replace(folder, old)
+            try:
+                os.replace(new, folder)
+            except OSError:
+                if old.exists():
+                    os.replace(old, folder)
+                raise
+
+    def _clean(self) -> None:
+        for folder in self.folders:
+            shutil.rmtree(_aside(folder, "new"), ignore_errors=True)
+            if folder.exists():  # else the old one is all that there is
+                shutil.rmtree(_aside(folder, "old"), ignore_errors=True)
+
+
+@contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Within this context what goes wrong in writing is an `OSError` of one line that names the folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # what safetensors raises on a full disk is no OSError
+        reason = getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OSError(f"{folder} cannot be written: {reason}") from error
+
+
+def _aside(folder: Path, what: str) -> Path:
+    return folder.with_name(f".{folder.name}.{what}")

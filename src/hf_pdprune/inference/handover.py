@@ -1,0 +1,196 @@
+"""Hand-over: a KVPayload from the process that prefills to the process that decodes, over torch.distributed."""
+
+import json
+import os
+import socket
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ..kv import KVPayload
+from ..plan import PruningPlan
+from .decode_stage import DecodeStage
+from .prefill_stage import PrefillStage
+
+
+PREFILL_RANK, DECODE_RANK = 0, 1
+_LOCALHOST = "127.0.0.1"
+# Loading a model is part of what the other side waits for.
+_TIMEOUT = timedelta(minutes=10)
+
+
+def send_payload(
+    payload: KVPayload,
+    dst: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> int:
+    """
+    Sends a payload to another process: its length, then its bytes.
+
+    Args:
+        payload ([`KVPayload`]): What prefill hands over.
+        dst (`int`): Rank of the process that decodes.
+        group (`ProcessGroup`, *optional*): Where it is not the default one.
+        device (`torch.device`, defaults to `"cpu"`): Where the backend takes tensors from: `"cpu"` for gloo, an
+            accelerator for NCCL.
+
+    Returns:
+        `int`: Bytes sent.
+    """
+    data = payload.to_bytes()
+    with warnings.catch_warnings():
+        # torch warns that the bytes are read-only: nobody writes to them, and a copy would cost time and memory.
+        warnings.simplefilter("ignore", UserWarning)
+        buffer = torch.frombuffer(data, dtype=torch.uint8)
+    dist.send(torch.tensor([len(data)], device=device), dst, group=group)
+    dist.send(buffer.to(device), dst, group=group)
+    return len(data)
+
+
+def receive_payload(
+    src: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
+) -> KVPayload:
+    """
+    Receives what [`send_payload`] sends.
+
+    Args:
+        src (`int`): Rank of the process that prefills.
+        group (`ProcessGroup`, *optional*): Where it is not the default one.
+        device (`torch.device`, defaults to `"cpu"`): As for [`send_payload`].
+
+    Raises:
+        `PayloadError`: If the bytes are no payload, or arrive altered.
+    """
+    length = torch.zeros(1, dtype=torch.int64, device=device)
+    dist.recv(length, src, group=group)
+    buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
+    dist.recv(buffer, src, group=group)
+    return KVPayload.from_bytes(buffer.cpu().numpy().tobytes())
+
+
+def handover_between_processes(
+    stages_folder: str | os.PathLike,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    num_threads: int | None = None,
+    **generate_kwargs: Any,
+) -> dict[str, Any]:
+    """
+    Generates text with prefill in one process of its own and decode in another one, and a socket on this machine
+    between them: each loads its stage checkpoint alone. Greedy, unless `generate_kwargs` say otherwise.
+
+    A script that calls it needs the usual `if __name__ == "__main__":`, since both processes import it.
+
+    Args:
+        stages_folder (`str`): Folder with `prefill/` and `decode/`, tokenizer included (see [`export_stages`]).
+        prompts (`Sequence[str]`): Prompts of one batch.
+        max_new_tokens (`int`): Tokens to generate, the first one, which prefill generates, included.
+        num_threads (`int`, *optional*): CPU threads per process. Default: half of this process's.
+        generate_kwargs: As for `model.generate`, in both stages; only what JSON can hold.
+
+    Returns:
+        `dict[str, Any]`: `text` (what is generated, per prompt), `sequences` (token ids, prompts included, padded),
+        `prompt_tokens` (length of the padded prompts), `nbytes` (bytes that crossed the socket), `nbytes_dense` (what
+        the dense model's KV entries take), `ratio`, and the seconds that `prefill`, `transfer` and `decode` took.
+
+    Raises:
+        `FileNotFoundError`: If a stage is not there.
+        `ValueError`: If there is no prompt.
+        `RuntimeError`: If one of the processes fails; it names the stage and its error.
+    """
+    folder = Path(stages_folder)
+    for stage in ("prefill", "decode"):
+        if not (folder / stage / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no {stage} stage: there is no {stage}/config.json")
+    if isinstance(prompts, str) or not prompts:
+        raise ValueError("prompts must be a list of at least one text")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    job = {
+        "folder": str(folder),
+        "prompts": list(prompts),
+        "generate_kwargs": {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens},
+        "num_threads": num_threads or max(1, torch.get_num_threads() // 2),
+    }
+    # The store takes any free port; both processes find each other, and leave the result, there.
+    store = dist.TCPStore(_LOCALHOST, 0, world_size=None, is_master=True, timeout=_TIMEOUT, wait_for_workers=False)
+    try:
+        multiprocessing.spawn(_run_stage, args=(store.port, json.dumps(job)), nprocs=2)
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        name = (PrefillStage, DecodeStage)[error.error_index].name
+        raise RuntimeError(f"the {name} process failed: {str(error).strip().splitlines()[-1]}") from error
+    return json.loads(store.get("result"))
+
+
+def _run_stage(rank: int, port: int, job: str) -> None:
+    """What each of the two processes does."""
+    job = json.loads(job)
+    torch.set_num_threads(job["num_threads"])
+    _use_loopback()
+    store = dist.TCPStore(_LOCALHOST, port, is_master=False, timeout=_TIMEOUT)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
+    try:
+        stage_class = (PrefillStage, DecodeStage)[rank]
+        folder = Path(job["folder"]) / stage_class.name
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        stage, tokenizer = stage_class(model, PruningPlan.from_pretrained(folder)), load_tokenizer(folder)
+        dist.barrier()  # so that the transfer is not charged with the time that loading takes
+        if rank == PREFILL_RANK:
+            _prefill(stage, tokenizer, job)
+        else:
+            store.set("result", json.dumps(_decode(stage, tokenizer, job)))
+    finally:
+        dist.destroy_process_group()
+
+
+def _prefill(stage: PrefillStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any]) -> None:
+    batch = tokenizer(job["prompts"], return_tensors="pt", padding=True)
+    start = time.perf_counter()
+    payload = stage(batch["input_ids"], batch["attention_mask"], **job["generate_kwargs"])
+    seconds = time.perf_counter() - start
+    dist.send(torch.tensor([seconds], dtype=torch.float64), DECODE_RANK)
+    send_payload(payload, DECODE_RANK)
+
+
+def _decode(stage: DecodeStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any]) -> dict[str, Any]:
+    prefill_seconds = torch.zeros(1, dtype=torch.float64)
+    dist.recv(prefill_seconds, PREFILL_RANK)
+    start = time.perf_counter()
+    payload = receive_payload(PREFILL_RANK)
+    transferred = time.perf_counter()
+    nbytes, nbytes_dense, prompt_tokens = payload.nbytes, payload.nbytes_dense, payload.prompt_tokens
+    sequences = stage.generate(payload, **job["generate_kwargs"])
+    end = time.perf_counter()
+    return {
+        "text": tokenizer.batch_decode(sequences[:, prompt_tokens:], skip_special_tokens=True),
+        "sequences": sequences.tolist(),
+        "prompt_tokens": prompt_tokens,
+        "nbytes": nbytes,
+        "nbytes_dense": nbytes_dense,
+        "ratio": nbytes_dense / nbytes,
+        "seconds": {"prefill": prefill_seconds.item(), "transfer": transferred - start, "decode": end - transferred},
+    }
+
+
+def load_tokenizer(folder: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """A stage's tokenizer, set to pad on the left."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _use_loopback() -> None:
+    """Has gloo connect over the loopback interface, unless the environment says otherwise."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])

@@ -1,0 +1,244 @@
+"""Calibration: the examples that a search measures on, with what the dense model says about them."""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data import PromptCompletionCollator, tokenize_examples
+from ..fingerprint import model_fingerprint
+from ..inference import dense_forward
+from .partial_forward import evaluating
+
+
+logger = logging.getLogger(__name__)
+
+# With fewer tokens the energies of two plans differ by chance more than by what the plans do.
+MIN_COMPLETION_TOKENS = 64
+
+
+@dataclass
+class Teacher:
+    """
+    The dense model's distributions over the next token, of some tokens of a batch.
+
+    Args:
+        probabilities (`torch.Tensor`): Shape `(num_tokens, vocab_size)`, in the dtype in which they are kept.
+        sums (`torch.Tensor`): Sum of each row after rounding to that dtype, shape `(num_tokens,)`.
+        negative_entropies (`torch.Tensor`): Sum of p log p of each rounded and normalised row, shape `(num_tokens,)`.
+    """
+
+    probabilities: torch.Tensor
+    sums: torch.Tensor
+    negative_entropies: torch.Tensor
+
+    @classmethod
+    def from_logits(cls, logits: torch.Tensor, dtype: torch.dtype) -> "Teacher":
+        probabilities = logits.float().softmax(dim=-1).to(dtype)
+        rounded = probabilities.float()
+        sums = rounded.sum(dim=-1)
+        return cls(probabilities, sums, (torch.xlogy(rounded, rounded).sum(dim=-1) / sums) - sums.log())
+
+    def kl_sum(self, logits: torch.Tensor) -> float:
+        """
+        Sum over the tokens of KL(teacher || student), in nats and never negative.
+
+        Args:
+            logits (`torch.Tensor`): The student's, shape `(num_tokens, vocab_size)`.
+        """
+        # Probabilities and not their logarithms are kept, so that no exponential is taken again for every candidate:
+        # KL = sum(p log p) - sum(p z) + logsumexp(z).
+        logits = logits.float()
+        logits = logits - logits.amax(dim=-1, keepdim=True)
+        cross = (self.probabilities * logits).sum(dim=-1, dtype=torch.float32) / self.sums
+        kl = self.negative_entropies - cross + logits.logsumexp(dim=-1)
+        return float(kl.double().clamp(min=0).sum())
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (self.probabilities, self.sums, self.negative_entropies)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass
+class CalibrationBatch:
+    """
+    One batch and its teacher.
+
+    Args:
+        tensors (`dict[str, torch.Tensor]`): As [`PromptCompletionCollator`] makes them.
+        first (`Teacher`): For the first completion token of every row, which prefill predicts.
+        rest (`Teacher`): For the others that have a label, row by row, which decode predicts.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    first: Teacher
+    rest: Teacher
+
+    @property
+    def rest_mask(self) -> torch.Tensor:
+        """Which of the tokens that decode predicts have a label, shape `(batch_size, completion_tokens - 1)`."""
+        return self.tensors["labels"][:, 1:] != -100
+
+    def kl_of_first(self, logits: torch.Tensor) -> float:
+        """Sum of the KL of the first completion tokens, from logits of shape `(batch_size, vocab_size)`."""
+        return self.first.kl_sum(logits)
+
+    def kl_of_rest(self, logits: torch.Tensor) -> float:
+        """Sum of the KL of the others, from logits of shape `(batch_size, completion_tokens - 1, vocab_size)`."""
+        return self.rest.kl_sum(logits[self.rest_mask])
+
+
+class Calibration:
+    """
+    The examples that a search measures on, in batches of about equal length, each with the dense model's
+    distributions over the completion tokens, computed once. Where several processes run, each holds its share.
+
+    Memory: `nbytes`, mostly `vocab_size` numbers of `teacher_dtype` per completion token.
+
+    Args:
+        model (`nn.Module`): The dense model.
+        examples (`Sequence[dict]`): Each with `input_ids` and `labels` (see [`tokenize_examples`]).
+        pad_token_id (`int`): Fills up the rows.
+        batch_size (`int`, defaults to 8): Examples per batch.
+        teacher_dtype (`torch.dtype`, defaults to `torch.float32`): In which probabilities are kept. Half of the memory
+            is `torch.bfloat16`; the rounded distribution is normalised, so KL stays a KL.
+        name (`str`, *optional*): What the text is, for the plan's provenance.
+
+    Raises:
+        `ValueError`: If there are too few completion tokens, if an example is longer than the model's context, or if
+            the dense model's logits are not finite.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        examples: Sequence[dict[str, Any]],
+        pad_token_id: int,
+        batch_size: int = 8,
+        teacher_dtype: torch.dtype = torch.float32,
+        name: str = "",
+    ):
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.name = name
+        self.num_examples = len(examples)
+        _check_examples(examples, model)
+        state = PartialState()
+        self.device = model.get_input_embeddings().weight.device
+        collator = PromptCompletionCollator(pad_token_id)
+        # Neighbours in this order are of about equal length, so that little is padding.
+        order = sorted(range(len(examples)), key=lambda index: (_lengths(examples[index]), index))
+        groups = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+        self.num_rounds = math.ceil(len(groups) / state.num_processes)
+        shard = [
+            collator([examples[index] for index in group])
+            for group in groups[state.process_index :: state.num_processes]
+        ]
+        self._batches = [self._with_teacher(model, tensors, teacher_dtype) for tensors in self._progress(shard)]
+        counted = [
+            [int(b.tensors["prompt_mask"].sum()), int((b.tensors["labels"] != -100).sum())] for b in self._batches
+        ]
+        self.num_prompt_tokens, self.num_completion_tokens = self._summed(torch.tensor(counted).view(-1, 2).sum(dim=0))
+        self.digest = _digest(examples, groups, model, teacher_dtype)
+        if self.num_completion_tokens < MIN_COMPLETION_TOKENS:
+            raise ValueError(
+                f"the calibration set has {self.num_completion_tokens} completion tokens in {self.num_examples} "
+                f"examples; a search needs at least {MIN_COMPLETION_TOKENS}"
+            )
+        logger.info(
+            "calibration: %d examples, %d prompt and %d completion tokens; the dense model's predictions take %.0f MB",
+            self.num_examples,
+            self.num_prompt_tokens,
+            self.num_completion_tokens,
+            self.nbytes / 1e6,
+        )
+
+    @classmethod
+    def from_rows(
+        cls,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Iterable[dict[str, Any]],
+        prompt_tokens: int,
+        completion_tokens: int,
+        max_examples: int | None = None,
+        **kwargs: Any,
+    ) -> "Calibration":
+        """The calibration made from rows of text; see [`tokenize_examples`] for these, the class for `kwargs`."""
+        examples = tokenize_examples(rows, tokenizer, prompt_tokens, completion_tokens, max_examples)
+        pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        return cls(model, examples, pad_token_id or 0, **kwargs)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: int) -> CalibrationBatch:
+        return self._batches[index]
+
+    @property
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """This process's batches without the teacher, as [`BlockStatistics.measure`] takes them."""
+        return (batch.tensors for batch in self._batches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the dense model's predictions take in this process."""
+        return sum(batch.first.nbytes + batch.rest.nbytes for batch in self._batches)
+
+    def _progress(self, shard: list[dict[str, torch.Tensor]]) -> Iterable[dict[str, torch.Tensor]]:
+        return tqdm(shard, desc="Dense model", unit="batch", disable=not PartialState().is_main_process)
+
+    def _with_teacher(
+        self, model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype
+    ) -> CalibrationBatch:
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        with evaluating(model):
+            logits = dense_forward(model, tensors)
+            mask = tensors["labels"] != -100
+            if not bool(torch.isfinite(logits[mask.to(logits.device)]).all()):
+                raise ValueError(
+                    "the dense model's logits on the calibration set hold NaN or infinity (a dtype too narrow for it?)"
+                )
+            first = Teacher.from_logits(logits[:, 0], dtype)
+            rest = Teacher.from_logits(logits[:, 1:][mask[:, 1:].to(logits.device)], dtype)
+        return CalibrationBatch(tensors, first, rest)
+
+    def _summed(self, counts: torch.Tensor) -> list[int]:
+        if PartialState().num_processes > 1:
+            counts = reduce(counts.to(self.device), "sum")
+        return [int(count) for count in counts]
+
+
+def _lengths(example: dict[str, Any]) -> tuple[int, int]:
+    """Length of an example's prompt and of its completion."""
+    completion = sum(label != -100 for label in example["labels"])
+    return len(example["input_ids"]) - completion, completion
+
+
+def _check_examples(examples: Sequence[dict[str, Any]], model: nn.Module) -> None:
+    if not examples:
+        raise ValueError("the calibration set has no example")
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    longest = max(len(example["input_ids"]) for example in examples)
+    if context is not None and longest > context:
+        raise ValueError(f"a calibration example has {longest} tokens, the model's context is {context}")
+
+
+def _digest(examples: Sequence[dict], groups: list[list[int]], model: nn.Module, dtype: torch.dtype) -> str:
+    """Tells calibrations apart whose energies may differ."""
+    rows = [[examples[index]["input_ids"], examples[index]["labels"]] for group in groups for index in group]
+    content = json.dumps(
+        [rows, [len(group) for group in groups], model_fingerprint(model), str(dtype), str(model.dtype)]
+    )
+    return hashlib.sha256(content.encode()).hexdigest()[:32]

@@ -1,0 +1,180 @@
+"""SearchConfig: the options of a search."""
+
+from dataclasses import dataclass, field
+
+
+STRATEGIES = ("annealing", "greedy", "one_shot", "contiguous", "end_group", "random")
+
+TOKEN_AWARE_CRITERIA = ("kl", "attention_mass", "random")
+
+
+@dataclass
+class SearchConfig:
+    """
+    Options of [`search_plan`].
+
+    Parameters:
+        > What is removed
+
+        num_prefill_blocks (`int`, *optional*, defaults to `0`):
+            Blocks that the prefill stage loses.
+        num_decode_blocks (`int`, *optional*, defaults to `0`):
+            Blocks that the decode stage loses, those that prefill loses among them.
+        distillation_threshold (`float`, *optional*, defaults to `0.95`):
+            Blocks at least as redundant as this (mean cosine similarity of input and output) may be removed outright.
+            Where these are too few, the next most redundant ones may be too.
+        num_protected_first_blocks (`int`, *optional*, defaults to `1`):
+            Blocks at the beginning that are never removed.
+        num_protected_last_blocks (`int`, *optional*, defaults to `1`):
+            Blocks at the end that are never removed.
+
+        > How they are chosen
+
+        strategy (`str`, *optional*, defaults to `"annealing"`):
+            `"annealing"` (from what greedy finds), `"greedy"` (SLEB: one block after the other), `"one_shot"`
+            (ShortGPT: the most redundant ones), `"contiguous"` (the best run of neighbours), `"end_group"` (Shortened
+            LLaMA: the last ones) or `"random"`.
+        seed (`int`, *optional*, defaults to `0`):
+            Seed of everything random.
+        annealing_budget (`float`, *optional*):
+            Dense forwards over the calibration set that annealing may spend after its start. Default: as many as the
+            greedy start has spent.
+        initial_temperature (`float`, *optional*, defaults to `0.05`):
+            Temperature at which annealing begins, as a share of the energy of its start.
+        final_temperature (`float`, *optional*, defaults to `0.002`):
+            Temperature at which it ends, likewise; it falls geometrically with the budget spent.
+        hidden_cache_gb (`float`, *optional*, defaults to `4.0`):
+            Memory for the hidden states and KV entries that make evaluations start at the first block that differs, in
+            GB per process. With less, more is computed again; the result is the same.
+
+        > Token-aware cache
+
+        num_token_aware_blocks (`int`, *optional*):
+            Blocks that hand over only the first and last tokens of the prompt. Default: none, or as
+            `target_kv_reduction` says.
+        target_kv_reduction (`float`, *optional*):
+            Instead: how many times fewer KV entries cross the wire, removed blocks and dropped tokens together.
+        kv_prompt_tokens (`int`, *optional*, defaults to `1024`):
+            Prompt length at which `target_kv_reduction` is to be met.
+        first_tokens (`int`, *optional*, defaults to `16`):
+            Prompt tokens at the beginning that token-aware blocks keep.
+        last_tokens (`int`, *optional*, defaults to `112`):
+            Prompt tokens at the end that they keep.
+        token_aware_criterion (`str`, *optional*, defaults to `"kl"`):
+            `"kl"` (what dropping costs, measured), `"attention_mass"` (PDTrim: blocks whose attention rests on the
+            ends of the prompt) or `"random"`.
+        refine_token_aware_blocks (`bool`, *optional*, defaults to `True`):
+            Whether the blocks that `"kl"` finds one by one are then annealed jointly.
+    """
+
+    num_prefill_blocks: int = field(default=0, metadata={"help": "Blocks that the prefill stage loses."})
+    num_decode_blocks: int = field(
+        default=0, metadata={"help": "Blocks that the decode stage loses, those that prefill loses among them."}
+    )
+    distillation_threshold: float = field(
+        default=0.95, metadata={"help": "Blocks at least as redundant as this may be removed outright."}
+    )
+    num_protected_first_blocks: int = field(
+        default=1, metadata={"help": "Blocks at the beginning that are never removed."}
+    )
+    num_protected_last_blocks: int = field(default=1, metadata={"help": "Blocks at the end that are never removed."})
+    strategy: str = field(
+        default="annealing", metadata={"help": "How blocks are chosen.", "choices": list(STRATEGIES)}
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of everything random in the search."})
+    annealing_budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Dense forwards over the calibration set that annealing may spend after its start. Default: as "
+            "many as the greedy start has spent."
+        },
+    )
+    initial_temperature: float = field(
+        default=0.05, metadata={"help": "Temperature at which annealing begins, as a share of its start's energy."}
+    )
+    final_temperature: float = field(
+        default=0.002, metadata={"help": "Temperature at which annealing ends, as a share of its start's energy."}
+    )
+    hidden_cache_gb: float = field(
+        default=4.0,
+        metadata={"help": "Memory per process for hidden states and KV entries that save computing, in GB."},
+    )
+    num_token_aware_blocks: int | None = field(
+        default=None, metadata={"help": "Blocks that hand over only the first and last tokens of the prompt."}
+    )
+    target_kv_reduction: float | None = field(
+        default=None,
+        metadata={"help": "Instead of num_token_aware_blocks: how many times fewer KV entries cross the wire."},
+    )
+    kv_prompt_tokens: int = field(
+        default=1024, metadata={"help": "Prompt length at which target_kv_reduction is to be met."}
+    )
+    first_tokens: int = field(
+        default=16, metadata={"help": "Prompt tokens at the beginning that token-aware blocks keep."}
+    )
+    last_tokens: int = field(default=112, metadata={"help": "Prompt tokens at the end that token-aware blocks keep."})
+    token_aware_criterion: str = field(
+        default="kl",
+        metadata={"help": "How token-aware blocks are chosen.", "choices": list(TOKEN_AWARE_CRITERIA)},
+    )
+    refine_token_aware_blocks: bool = field(
+        default=True, metadata={"help": "Whether token-aware blocks found one by one are then annealed jointly."}
+    )
+
+    def __post_init__(self):
+        for name in (
+            "num_prefill_blocks",
+            "num_decode_blocks",
+            "num_protected_first_blocks",
+            "num_protected_last_blocks",
+        ):
+            _check_count(name, getattr(self, name))
+        for name in ("first_tokens", "last_tokens", "kv_prompt_tokens"):
+            _check_count(name, getattr(self, name), 0 if name == "first_tokens" else 1)
+        if self.num_decode_blocks < self.num_prefill_blocks:
+            raise ValueError(
+                f"num_decode_blocks ({self.num_decode_blocks}) must be at least num_prefill_blocks "
+                f"({self.num_prefill_blocks}): blocks missing in prefill are missing in decode too"
+            )
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
+        if self.token_aware_criterion not in TOKEN_AWARE_CRITERIA:
+            raise ValueError(
+                f"token_aware_criterion must be one of {', '.join(TOKEN_AWARE_CRITERIA)}, got "
+                f"{self.token_aware_criterion!r}"
+            )
+        if not -1 <= self.distillation_threshold <= 1:
+            raise ValueError(f"distillation_threshold must be between -1 and 1, got {self.distillation_threshold}")
+        if self.annealing_budget is not None and self.annealing_budget < 0:
+            raise ValueError(f"annealing_budget must not be negative, got {self.annealing_budget}")
+        if not 0 < self.final_temperature <= self.initial_temperature:
+            raise ValueError(
+                "temperatures must be positive and fall, got initial_temperature "
+                f"{self.initial_temperature} and final_temperature {self.final_temperature}"
+            )
+        if self.hidden_cache_gb < 0:
+            raise ValueError(f"hidden_cache_gb must not be negative, got {self.hidden_cache_gb}")
+        if self.num_token_aware_blocks is not None and self.target_kv_reduction is not None:
+            raise ValueError("num_token_aware_blocks and target_kv_reduction exclude each other")
+        if self.num_token_aware_blocks is not None:
+            _check_count("num_token_aware_blocks", self.num_token_aware_blocks)
+        if self.target_kv_reduction is not None and self.target_kv_reduction < 1:
+            raise ValueError(f"target_kv_reduction must be at least 1, got {self.target_kv_reduction}")
+
+    def check_model(self, total: int) -> None:
+        """Raises a `ValueError` where a model of `total` blocks has too few for what is to be removed."""
+        protected = self.num_protected_first_blocks + self.num_protected_last_blocks
+        removable = max(total - protected, 0)
+        for name in ("num_prefill_blocks", "num_decode_blocks"):
+            if getattr(self, name) > removable:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but of the model's {total} blocks only {removable} may be "
+                    f"removed ({protected} are protected)"
+                )
+            if getattr(self, name) >= total:
+                raise ValueError(f"{name} is {getattr(self, name)}, but the model has {total} blocks; one has to stay")
+
+
+def _check_count(name: str, value: int, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")

@@ -1,0 +1,75 @@
+"""SearchJournal: every energy that a search has measured, on disk, so that an interrupted search loses nothing."""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+
+class SearchJournal:
+    """
+    A file of lines, one for every batch on which a plan was measured, flushed one by one. The first line says of what
+    model and calibration they are. A search that is started again with the same journal is the same search: it draws
+    the same random numbers, takes known energies (and what they cost) from the journal instead of computing them, and
+    so arrives where it was interrupted, with its random generator in the state in which it was.
+
+    Args:
+        path (`str` or `os.PathLike`, *optional*): The file. Without one nothing is written.
+        subject (`str`): Digest of the model and calibration on which the energies are measured.
+        write (`bool`, defaults to `True`): Whether this process writes (all of them read).
+
+    Raises:
+        `ValueError`: If the file is a journal of another model or calibration, or no journal.
+    """
+
+    def __init__(self, path: str | os.PathLike | None, subject: str, write: bool = True):
+        self.path = None if path is None else Path(path)
+        self.subject = subject
+        self.write = write and self.path is not None
+        self._entries: dict[tuple[str, int], tuple[float, int]] = {}
+        if self.path is not None and self.path.is_file():
+            self._read()
+        elif self.write:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._append({"subject": subject})
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, plan: str, batch: int) -> tuple[float, int] | None:
+        """What was measured of a plan (its digest) on a batch: the sum of KL, and block forwards x tokens spent."""
+        return self._entries.get((plan, batch))
+
+    def add(self, plan: str, batch: int, kl_sum: float, block_tokens: int) -> None:
+        """Records what was measured of a plan on a batch."""
+        self._entries[plan, batch] = (kl_sum, block_tokens)
+        if self.write:
+            self._append({"plan": plan, "batch": batch, "kl_sum": kl_sum, "block_tokens": block_tokens})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _read(self) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        complete, _, torn = text.rpartition("\n")
+        try:
+            header, *lines = [json.loads(line) for line in complete.split("\n")]
+            subject = header["subject"]
+            for line in lines:
+                self._entries[line["plan"], line["batch"]] = (line["kl_sum"], line["block_tokens"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} is not a search journal: {error!r}") from error
+        if subject != self.subject:
+            raise ValueError(
+                f"{self.path} is the journal of a search with another model or calibration set; remove it, or choose "
+                "another output folder"
+            )
+        if torn and self.write:  # the process was killed while it wrote this line
+            with self.path.open("r+", encoding="utf-8") as file:
+                file.truncate(len((complete + "\n").encode()))
+        logger.info("%s: %d energies are known already", self.path, len(self._entries))

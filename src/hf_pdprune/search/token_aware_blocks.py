@@ -1,0 +1,142 @@
+"""TokenAwareBlocks: which blocks lose least when decode receives only the ends of the prompt."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+from transformers import DynamicCache
+
+from ..plan import KVPlan, PruningPlan
+from .annealing import AnnealingSearch
+from .attention_mass import AttentionMass
+from .objective import Objective
+from .search_config import SearchConfig
+
+
+class TokenAwareBlocks:
+    """
+    Chooses the token-aware blocks of a plan by the KL that dropping the middle of the prompt causes through the
+    disaggregated forward: greedily one by one, then by annealing jointly. Prefill is never run again, and decode only
+    from the first block that differs, so a candidate costs a fraction of a forward over the completion.
+
+    The prompts should be longer than the window, or dropping causes nothing.
+
+    Args:
+        objective ([`Objective`]): On prompts that are longer than the window.
+        config ([`SearchConfig`]): Window, number or target.
+    """
+
+    def __init__(self, objective: Objective, config: SearchConfig):
+        self.objective = objective
+        self.config = config
+
+    def choose(self, plan: PruningPlan) -> PruningPlan:
+        """
+        `plan` with its token-aware blocks.
+
+        Raises:
+            `ValueError`: If there are not as many blocks, or if the target cannot be met; it says how near the best
+                comes.
+        """
+        candidates = self.candidates(plan)
+        count = self.count(plan, candidates)
+        if count in (0, len(candidates)):
+            return self._with_blocks(plan, candidates[:count])
+        if self.config.token_aware_criterion == "attention_mass":
+            return self._with_blocks(plan, self._least_attention_outside(candidates)[:count])
+        if self.config.token_aware_criterion == "random":
+            return self._with_blocks(plan, random.Random(f"{self.config.seed} random").sample(candidates, count))
+        spent = self.objective.cost.block_tokens
+        if count <= len(candidates) / 2:
+            plan = self._add_blocks(self._with_blocks(plan, ()), candidates, count)
+        else:  # from the other end fewer candidates have to be evaluated
+            plan = self._give_back_blocks(self._with_blocks(plan, candidates), len(candidates) - count)
+        if self.config.refine_token_aware_blocks:
+            plan = self._anneal(plan, candidates, self.objective.cost.block_tokens - spent)
+        return plan
+
+    def candidates(self, plan: PruningPlan) -> tuple[int, ...]:
+        """Blocks that decode runs and whose cache can be shortened: a sliding window is bounded already."""
+        layers = DynamicCache(config=self.objective.model.config).layers
+        return tuple(block for block in plan.kept_blocks("decode") if not layers[block].is_sliding)
+
+    def count(self, plan: PruningPlan, candidates: tuple[int, ...]) -> int:
+        """How many blocks have to be token-aware."""
+        config = self.config
+        if config.target_kv_reduction is None:
+            count = config.num_token_aware_blocks or 0
+            if count > len(candidates):
+                raise ValueError(
+                    f"num_token_aware_blocks is {count}, but only {len(candidates)} of the blocks that decode keeps "
+                    "can be token-aware"
+                )
+            return count
+        best = 0.0
+        for count in range(len(candidates) + 1):
+            best = self._with_blocks(plan, candidates[:count]).kv_reduction(config.kv_prompt_tokens)["total"]
+            if best >= config.target_kv_reduction:
+                return count
+        raise ValueError(
+            f"target_kv_reduction {config.target_kv_reduction} cannot be met: with all {len(candidates)} possible "
+            f"blocks token-aware, a window of {config.first_tokens} + {config.last_tokens} of "
+            f"{config.kv_prompt_tokens} prompt tokens and {len(plan.decode.missing_blocks)} blocks removed it is "
+            f"{best:.2f}"
+        )
+
+    def _with_blocks(self, plan: PruningPlan, blocks: Sequence[int]) -> PruningPlan:
+        return replace(plan, kv=KVPlan(tuple(sorted(blocks)), self.config.first_tokens, self.config.last_tokens))
+
+    def _least_attention_outside(self, candidates: Sequence[int]) -> list[int]:
+        """The candidates, those first that spend least attention outside the window."""
+        objective, config = self.objective, self.config
+        mass = AttentionMass.measure(objective.model, objective.calibration, config.first_tokens, config.last_tokens)
+        shares = mass.shares
+        return sorted(candidates, key=lambda block: shares[block])
+
+    def _add_blocks(self, plan: PruningPlan, candidates: tuple[int, ...], count: int) -> PruningPlan:
+        with self._progress(count) as progress:
+            for _ in range(count):
+                chosen = plan.kv.token_aware_blocks
+                options = [self._with_blocks(plan, (*chosen, b)) for b in candidates if b not in chosen]
+                plan = self._best_of(plan, options, progress)
+        return plan
+
+    def _give_back_blocks(self, plan: PruningPlan, count: int) -> PruningPlan:
+        with self._progress(count) as progress:
+            for _ in range(count):
+                chosen = plan.kv.token_aware_blocks
+                options = [self._with_blocks(plan, tuple(b for b in chosen if b != block)) for block in chosen]
+                plan = self._best_of(plan, options, progress)
+        return plan
+
+    def _best_of(self, plan: PruningPlan, options: list[PruningPlan], progress: tqdm) -> PruningPlan:
+        self.objective.accept(plan)
+        plan, energy = self.objective.best_of(options, progress.update)
+        progress.set_postfix(energy=f"{energy:.4f}")
+        progress.update()
+        return plan
+
+    def _anneal(self, plan: PruningPlan, candidates: tuple[int, ...], greedy_cost: int) -> PruningPlan:
+        def swap(current: PruningPlan, rng: random.Random) -> PruningPlan:
+            chosen = current.kv.token_aware_blocks
+            out, into = rng.choice(chosen), rng.choice([block for block in candidates if block not in chosen])
+            return self._with_blocks(current, (*(block for block in chosen if block != out), into))
+
+        config = self.config
+        search = AnnealingSearch(
+            self.objective,
+            swap,
+            f"{config.seed} token-aware",
+            config.initial_temperature,
+            config.final_temperature,
+            "Annealing, token-aware blocks",
+        )
+        return search.run(plan, greedy_cost)
+
+    @staticmethod
+    def _progress(total: int) -> tqdm:
+        name = "Greedy, token-aware blocks"
+        disable = not PartialState().is_main_process
+        return tqdm(total=total, desc=name, unit="block", miniters=0, mininterval=1.0, disable=disable)

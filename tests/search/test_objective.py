@@ -1,0 +1,150 @@
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.search.objective import Objective
+
+
+@torch.no_grad()
+def plain_energy(model, plan, calibration):
+    """The definition: mean KL of the disaggregated forward per labelled token, everything computed anew."""
+    total, count = 0.0, 0
+    for batch in calibration.batches:
+        student = disaggregated_forward(PrefillStage(model, plan), DecodeStage(model, plan), batch)
+        teacher = dense_forward(model, batch)
+        kl = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        mask = batch["labels"] != -100
+        total, count = total + kl[mask].double().sum().item(), count + int(mask.sum())
+    return total / count
+
+
+def test_energy_is_that_of_the_disaggregated_forward(tiny_model, architecture, calibration, random_plan):
+    model = tiny_model(architecture)
+    objective = Objective(model, calibration(model))
+    rng = random.Random(0)
+    for step in range(8):
+        plan = random_plan(model, rng)
+        expected = plain_energy(model, plan, objective.calibration)
+        assert objective.energy(plan) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+        if step % 2:  # later ones are then computed from the first block that differs
+            objective.accept(plan)
+
+
+@pytest.mark.parametrize("token_aware", [False, True])
+def test_every_saving_is_exact(tiny_llama, calibration, random_plan, token_aware):
+    data = calibration(tiny_llama)
+    fast, plain = Objective(tiny_llama, data), Objective(tiny_llama, data, hidden_cache_bytes=0)
+    rng = random.Random(1)
+    plans = [random_plan(tiny_llama, rng, token_aware) for _ in range(25)]
+    for number, plan in enumerate(plans):
+        assert fast.energy(plan) == plain.energy(plan)
+        if number % 3 == 0:
+            fast.accept(plan)
+    assert fast.cost.evaluations == plain.cost.evaluations
+    assert plain.cost.block_tokens == plain.cost.plain_block_tokens == fast.cost.plain_block_tokens
+    assert fast.cost.block_tokens < plain.cost.block_tokens
+
+
+def test_a_decode_only_change_does_not_run_prefill(tiny_llama, calibration):
+    objective = Objective(tiny_llama, calibration(tiny_llama))
+    plan = replace(objective.dense_plan, prefill=StagePlan((1,)), decode=StagePlan((1,)))
+    objective.energy(plan)
+    objective.accept(plan)
+    before = objective.cost.block_tokens
+    objective.energy(replace(plan, decode=StagePlan((1, 4))))
+    decode_tokens = sum(int(b["completion_mask"][:, :-1].sum()) for b in objective.calibration.batches)
+    assert objective.cost.block_tokens - before == decode_tokens  # of blocks 4 and 5 only block 5 runs
+    objective.energy(replace(plan, kv=KVPlan((3,), 1, 2)))
+    assert objective.cost.block_tokens - before == decode_tokens + 3 * decode_tokens
+    assert objective.cost.reference_block_tokens == 0  # the reference's states were kept when it was evaluated
+
+
+def test_the_dense_plan_has_no_energy(tiny_model, architecture, calibration):
+    model = tiny_model(architecture)
+    objective = Objective(model, calibration(model))
+    assert 0 <= objective.energy(objective.dense_plan) < 1e-5
+
+
+def test_bad_plans_are_rejected_early_and_never_measured_twice(tiny_llama, calibration):
+    data = calibration(tiny_llama)
+    objective, complete = Objective(tiny_llama, data), Objective(tiny_llama, data)
+    plan = replace(objective.dense_plan, decode=StagePlan((2, 3, 4)))
+    energy = complete.energy(plan)
+    assert objective.energy(plan, limit=energy * 0.1) == math.inf
+    partial = objective.cost.block_tokens
+    assert partial < complete.cost.block_tokens
+    assert objective.is_above(plan, energy * 0.1) and not objective.is_above(plan, energy)
+    assert objective.energy(plan, limit=energy * 0.1) == math.inf and objective.cost.block_tokens == partial
+    assert objective.energy(plan, limit=energy) == energy  # exactly at the limit is not above it
+    assert objective.energy(plan) == energy
+    assert objective.cost == complete.cost
+
+
+def test_the_best_of_many_plans_is_exact_and_cheaper_than_measuring_all(tiny_llama, calibration):
+    data = calibration(tiny_llama, count=12)
+    objective, complete = Objective(tiny_llama, data), Objective(tiny_llama, data)
+    plans = [replace(objective.dense_plan, decode=StagePlan((block,))) for block in range(6)]
+    energies = [complete.energy(plan) for plan in plans]
+    best, energy = objective.best_of(plans)
+    assert energy == min(energies) and best == plans[energies.index(energy)]
+    assert objective.cost.block_tokens < complete.cost.block_tokens
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_less_memory_gives_the_same_energies(tiny_model, architecture, calibration, random_plan):
+    model = tiny_model(architecture)
+    data = calibration(model)
+    full = Objective(model, data)
+    hidden, entries = full._state_sizes()
+    rng = random.Random(2)
+    plans = [random_plan(model, rng) for _ in range(6)]
+    costs = []
+    for positions in (5, 2, 1, 0):
+        bound = 2 * (entries + positions * hidden) if positions else 0
+        objective = Objective(model, data, hidden_cache_bytes=bound)
+        assert len(objective.recorded_blocks) == positions
+        assert 2 * objective.state_nbytes <= bound
+        for plan in plans:
+            assert objective.energy(plan) == full.energy(plan)
+            objective.accept(plan)
+        costs.append(objective.cost.block_tokens)
+    assert costs == sorted(costs) and costs[0] < costs[-1]
+
+
+def test_the_stated_memory_is_what_is_kept(tiny_model, architecture, calibration):
+    model = tiny_model(architecture)
+    objective = Objective(model, calibration(model, prompt_tokens=(5, 8)))  # within any sliding window
+    objective.energy(objective.dense_plan)
+    objective.accept(objective.dense_plan)
+    tensors = []
+    for state in objective._states:
+        tensors += [*state.prefill_inputs.values(), *state.decode_inputs.values()]
+        tensors += [tensor for pair in state.entries.values() for tensor in pair]
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    assert 0.8 * objective.state_nbytes <= held <= objective.state_nbytes
+
+
+def test_nothing_of_the_model_is_changed(tiny_llama, calibration):
+    tiny_llama.train()
+    tiny_llama.model.layers[1].eval()
+    state = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    objective = Objective(tiny_llama, calibration(tiny_llama))
+    for plan in (objective.dense_plan, replace(objective.dense_plan, decode=StagePlan((1,)), kv=KVPlan((2,), 1, 2))):
+        objective.energy(plan)
+        objective.accept(plan)
+    assert tiny_llama.training and not tiny_llama.model.layers[1].training and tiny_llama.model.layers[2].training
+    assert all(torch.equal(tensor, state[name]) for name, tensor in tiny_llama.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+def test_a_rounded_teacher_changes_energies_little(tiny_llama, calibration):
+    plan = PruningPlan.empty(tiny_llama, decode=StagePlan((2, 3)))
+    exact = Objective(tiny_llama, calibration(tiny_llama)).energy(plan)
+    rounded = Objective(tiny_llama, calibration(tiny_llama, teacher_dtype=torch.bfloat16)).energy(plan)
+    assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact

@@ -1,0 +1,43 @@
+from dataclasses import fields
+
+import pytest
+
+from hf_pdprune.search import SearchConfig
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"num_prefill_blocks": 3, "num_decode_blocks": 2},
+            r"num_decode_blocks \(2\) must be at least num_prefill_blocks",
+        ),
+        ({"num_prefill_blocks": -1}, "num_prefill_blocks must be a whole number"),
+        ({"strategy": "magic"}, "strategy must be one of annealing, greedy"),
+        ({"distillation_threshold": 2}, "distillation_threshold"),
+        ({"annealing_budget": -1}, "annealing_budget"),
+        ({"initial_temperature": 0.001, "final_temperature": 0.01}, "temperatures"),
+        ({"hidden_cache_gb": -1}, "hidden_cache_gb"),
+        ({"num_token_aware_blocks": 2, "target_kv_reduction": 5}, "exclude each other"),
+        ({"target_kv_reduction": 0.5}, "target_kv_reduction"),
+        ({"token_aware_criterion": "magic"}, "token_aware_criterion must be one of kl"),
+        ({"last_tokens": 0}, "last_tokens"),
+    ],
+)
+def test_bad_values_are_named(values, message):
+    with pytest.raises(ValueError, match=message):
+        SearchConfig(**values)
+
+
+def test_a_model_with_too_few_blocks():
+    SearchConfig(4, 4).check_model(6)
+    with pytest.raises(ValueError, match="num_decode_blocks is 5, but of the model's 6 blocks only 4 may be removed"):
+        SearchConfig(4, 5).check_model(6)
+    with pytest.raises(ValueError, match="one has to stay"):
+        SearchConfig(4, 6, num_protected_first_blocks=0, num_protected_last_blocks=0).check_model(6)
+
+
+def test_every_option_is_documented():
+    for option in fields(SearchConfig):
+        assert option.metadata["help"].endswith(".")
+        assert f"        {option.name} (" in SearchConfig.__doc__

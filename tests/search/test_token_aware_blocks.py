@@ -1,0 +1,83 @@
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+
+from hf_pdprune.plan import KVPlan, StagePlan
+from hf_pdprune.search import AttentionMass, Objective, SearchConfig, TokenAwareBlocks
+
+
+def objective_of(model, calibration, **options):
+    return Objective(model, calibration(model, prompt_tokens=(20, 30), **options))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 4, 5])
+def test_as_many_blocks_as_wanted_and_none_that_decode_lacks(tiny_llama, calibration, count):
+    objective = objective_of(tiny_llama, calibration)
+    plan = replace(objective.dense_plan, prefill=StagePlan((2,)), decode=StagePlan((2,)))
+    config = SearchConfig(num_token_aware_blocks=count, first_tokens=1, last_tokens=4)
+    chosen = TokenAwareBlocks(objective, config).choose(plan)
+    assert len(chosen.kv.token_aware_blocks) == count and 2 not in chosen.kv.token_aware_blocks
+    assert (chosen.prefill, chosen.decode) == (plan.prefill, plan.decode)
+    assert (chosen.kv.first_tokens, chosen.kv.last_tokens) == (1, 4)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_they_are_those_that_cost_least(tiny_llama, calibration, count):
+    objective = objective_of(tiny_llama, calibration)
+    config = SearchConfig(num_token_aware_blocks=count, first_tokens=1, last_tokens=4)
+    plans = [replace(objective.dense_plan, kv=KVPlan(blocks, 1, 4)) for blocks in combinations(range(6), count)]
+    chosen = TokenAwareBlocks(objective, config).choose(objective.dense_plan)
+    greedy = TokenAwareBlocks(objective, replace(config, refine_token_aware_blocks=False)).choose(objective.dense_plan)
+    energies = sorted(objective.energy(plan) for plan in plans)
+    assert objective.energy(chosen) <= objective.energy(greedy)
+    assert objective.energy(chosen) <= energies[2]
+
+
+def test_prefill_is_never_run_again(tiny_llama, calibration):
+    objective = objective_of(tiny_llama, calibration)
+    objective.accept(objective.dense_plan)
+    config = SearchConfig(num_token_aware_blocks=3, first_tokens=1, last_tokens=4)
+    TokenAwareBlocks(objective, config).choose(objective.dense_plan)
+    decode_tokens = sum(int(b["completion_mask"][:, :-1].sum()) for b in objective.calibration.batches)
+    assert objective.cost.block_tokens <= objective.cost.evaluations * 6 * decode_tokens
+
+
+def test_the_target_is_met_with_as_few_blocks_as_possible(tiny_llama, calibration):
+    objective = objective_of(tiny_llama, calibration)
+    plan = replace(objective.dense_plan, decode=StagePlan((2,)))
+    config = SearchConfig(target_kv_reduction=2, kv_prompt_tokens=100, first_tokens=2, last_tokens=8)
+    chosen = TokenAwareBlocks(objective, config).choose(plan)
+    assert chosen.kv_reduction(100)["total"] >= 2
+    fewer = replace(chosen, kv=KVPlan(chosen.kv.token_aware_blocks[1:], 2, 8))
+    assert fewer.kv_reduction(100)["total"] < 2
+
+
+def test_what_cannot_be_met_says_how_near_the_best_comes(tiny_llama, tiny_model, calibration):
+    objective = objective_of(tiny_llama, calibration)
+    config = SearchConfig(target_kv_reduction=20, kv_prompt_tokens=100, first_tokens=2, last_tokens=8)
+    with pytest.raises(ValueError, match="target_kv_reduction 20 cannot be met: .* it is 10.00"):
+        TokenAwareBlocks(objective, config).choose(objective.dense_plan)
+    with pytest.raises(ValueError, match="num_token_aware_blocks is 7, but only 6"):
+        TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=7)).choose(objective.dense_plan)
+    assert objective.cost.evaluations == 0
+
+
+def test_sliding_windows_are_left_alone(tiny_model, calibration):
+    model = tiny_model("gemma3_text", num_hidden_layers=12)
+    objective = objective_of(model, calibration)
+    selection = TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=1, first_tokens=1, last_tokens=4))
+    full = [i for i, kind in enumerate(model.config.layer_types) if kind == "full_attention"]
+    assert selection.candidates(objective.dense_plan) == tuple(full)
+    assert set(selection.choose(objective.dense_plan).kv.token_aware_blocks) <= set(full)
+
+
+@pytest.mark.parametrize("criterion", ["attention_mass", "random"])
+def test_baselines_choose_without_measuring_kl(tiny_llama, calibration, criterion):
+    objective = objective_of(tiny_llama, calibration)
+    options = {"num_token_aware_blocks": 3, "first_tokens": 1, "last_tokens": 4, "token_aware_criterion": criterion}
+    chosen = TokenAwareBlocks(objective, SearchConfig(**options)).choose(objective.dense_plan)
+    assert len(chosen.kv.token_aware_blocks) == 3 and objective.cost.evaluations == 0
+    if criterion == "attention_mass":
+        shares = AttentionMass.measure(tiny_llama, objective.calibration, 1, 4).shares
+        assert max(shares[b] for b in chosen.kv.token_aware_blocks) <= sorted(shares)[2]

@@ -1,0 +1,46 @@
+from dataclasses import fields
+
+import pytest
+from trl import SFTConfig
+
+from hf_pdprune.trainer import PDPruneConfig
+
+
+OWN_FIELDS = [
+    f for f in fields(PDPruneConfig) if f.name in PDPruneConfig.__annotations__ and f.name not in SFTConfig.__annotations__
+]
+
+
+@pytest.mark.parametrize("option", OWN_FIELDS, ids=lambda f: f.name)
+def test_every_option_is_documented_twice(option):
+    assert option.metadata["help"]
+    assert f"{option.name} (`" in PDPruneConfig.__doc__ or option.name == "gradient_checkpointing"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("removal_rounds", 0),
+        ("removal_fraction", 1.5),
+        ("distillation_loss", "mse"),
+        ("distillation_temperature", 0.0),
+        ("lora_rank", 0),
+        ("lora_alpha", 0),
+        ("gradient_checkpointing", True),
+        ("padding_free", True),
+    ],
+)
+def test_bad_value_is_an_error_that_names_it(tmp_path, name, value):
+    with pytest.raises(ValueError, match=name):
+        PDPruneConfig(str(tmp_path), **{name: value})
+
+
+def test_packing_is_that_which_makes_plain_rows(tmp_path):
+    with pytest.raises(ValueError, match="packing"):
+        PDPruneConfig(str(tmp_path), packing=True)
+    assert PDPruneConfig(str(tmp_path), packing=True, packing_strategy="wrapped").packing
+
+
+def test_float32_is_the_default_on_cpu(tmp_path):
+    assert not PDPruneConfig(str(tmp_path), use_cpu=True).bf16
+    assert PDPruneConfig(str(tmp_path), use_cpu=True, bf16=True).bf16
