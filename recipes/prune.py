@@ -25,7 +25,7 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.blocks import num_blocks
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
-from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, evaluate_quality, write_report, write_results
+from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, compare_quality, write_report, write_results
 from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
@@ -37,7 +37,8 @@ from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
-    "distillation_loss", "distillation_temperature", "token_aware_distillation", "lora_rank", "lora_alpha",
+    "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
+    "lora_rank", "lora_alpha",
 )  # fmt: skip
 
 
@@ -182,7 +183,7 @@ def check_context(args: PruneArguments, benchmark: BenchmarkConfig, model: PreTr
         "calibration_prompt_tokens": args.calibration_prompt_tokens + args.calibration_completion_tokens,
         "kv_calibration_prompt_tokens": args.kv_calibration_prompt_tokens + args.calibration_completion_tokens,
         "validation_prompt_tokens": args.validation_prompt_tokens + args.validation_completion_tokens,
-        "benchmark_prompt_tokens": args.benchmark_prompt_tokens + benchmark.new_tokens,
+        "benchmark_prompt_tokens": args.benchmark_prompt_tokens + 2 * benchmark.decode_tokens,
     }
     for name, length in lengths.items():
         if context is not None and length > context:
@@ -273,25 +274,10 @@ def search(
     return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long)
 
 
-def quality(
-    model: PreTrainedModel,
-    held_out: list[dict[str, torch.Tensor]],
-    unhealed: tuple[PrefillStage, DecodeStage],
-    healed: tuple[PrefillStage, DecodeStage],
-    token_aware: bool,
-) -> dict[str, Any]:
-    """The quality table: dense model, pair before distillation, pair after it."""
-    pairs = {"dense": None, "unhealed": unhealed, "healed": healed}
-    return {
-        name: evaluate_quality(model, held_out, pair, token_aware, description=f"Quality, {name}")
-        for name, pair in pairs.items()
-    }
-
-
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
     folder = Path(training_args.output_dir)
     run = Artefacts(folder, args.overwrite)
-    benchmark = BenchmarkConfig(prompt_tokens=args.benchmark_prompt_tokens)
+    benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens])
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)
     config.check_model(num_blocks(model.config))
@@ -320,22 +306,21 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
 
     measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
     if not run.is_done("results", measured):
-        unhealed = PrefillStage(model, plan), DecodeStage(model, plan)
         healed = load_stages(folder, dtype=model.dtype)
         for stage in healed:
             stage.model.to(model.device)
+        pairs = {"unhealed": (PrefillStage(model, plan), DecodeStage(model, plan)), "healed": healed}
         results = {
-            "quality": quality(model, held_out, unhealed, healed, token_aware=True),
-            "quality_all_tokens": quality(model, held_out, unhealed, healed, token_aware=False),
+            "quality": compare_quality(model, pairs, held_out),
+            "quality_all_tokens": compare_quality(model, pairs, held_out, token_aware=False),
+            **SpeedBenchmark(model, *healed, benchmark).run(),
+            "distillation": json.loads((folder / "distillation.json").read_text()),
         }
-        results |= SpeedBenchmark(model, *healed, benchmark).run()
+        dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
+        del model, healed, pairs
         handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
-        results["sample"] = {
-            "prompt": args.sample_prompt,
-            "dense": continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens),
-            "pruned": handed_over["texts"][0],
-        }
-        results["distillation"] = json.loads((folder / "distillation.json").read_text())
+        results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
+        results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}
         write_results(folder, results)
         run.done("results", measured)
     print(write_report(folder))

@@ -1,4 +1,4 @@
-"""What a token-aware cache must equal, computed without any cache: attention in which the dropped tokens are masked."""
+"""What a token-aware cache must equal, without any cache: attention in which the dropped tokens are masked."""
 
 from contextlib import contextmanager
 
@@ -102,17 +102,17 @@ def cached_logits(model, cache, input_ids, attention_mask, sizes):
 
 
 def random_prompts(lengths, vocab_size=256, seed=0):
-    """Random prompts of these lengths, padded left: ids and mask. Ids 0 to 2 (padding, beginning, end) do not occur."""
+    """Random prompts of these lengths, padded left: ids and mask. Ids 0 to 2 (padding, begin, end) do not occur."""
     generator = torch.Generator().manual_seed(seed)
     width = max(lengths)
-    mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths])
+    mask = torch.tensor([[0] * (width - length) + [1] * length for length in lengths], dtype=torch.long)
     ids = torch.randint(3, vocab_size, (len(lengths), width), generator=generator)
     return ids * mask, mask
 
 
 def with_completion(input_ids, mask, completion_tokens, seed=1):
     """Prompts and a random completion of each: ids and mask."""
-    completion, ones = random_prompts([completion_tokens] * len(input_ids), seed=seed)
+    completion, ones = (t[:, :completion_tokens] for t in random_prompts([32] * len(input_ids), seed=seed))
     return torch.cat([input_ids, completion], dim=1), torch.cat([mask, ones], dim=1)
 
 

@@ -132,9 +132,10 @@ def _num_block_outputs(model: nn.Module) -> int | None:
         seen: list[Any] = []
         handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            token = torch.zeros((1, 1), dtype=torch.long, device=model.get_input_embeddings().weight.device)
+            device = model.get_input_embeddings().weight.device
+            token = torch.zeros((1, 1), dtype=torch.long, device=device)
             # Dropout must not draw: it would shift the random numbers of a training that is resumed.
-            with torch.random.fork_rng(enabled=model.training):
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=model.training):
                 model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             handle.remove()

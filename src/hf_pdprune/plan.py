@@ -307,6 +307,8 @@ class PruningPlan:
         for key, kind in (("base_model", str), ("model_type", str), ("provenance", dict)):
             if not isinstance(data[key], kind):
                 raise ValueError(f"{key} must be a {kind.__name__}, got {data[key]!r}")
+        if not isinstance(data["base_revision"], str | None):
+            raise ValueError(f"base_revision must be a str or null, got {data['base_revision']!r}")
         return cls(
             base_model=data["base_model"],
             base_revision=data["base_revision"],

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from conftest import ARCHITECTURES
 from masked_reference import cached_logits, is_sliding, masked_logits, random_prompts, with_completion
 
 from hf_pdprune.kv import TokenAwareCache
@@ -58,7 +57,6 @@ def with_attention(tiny_model, architecture, attention):
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture(tiny_model, architecture, attention, way):
     model = with_attention(tiny_model, architecture, attention)
     check(model, KVPlan((0, 1, 3, 5), 2, 4), LENGTHS, *WAYS[way])

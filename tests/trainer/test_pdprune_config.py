@@ -7,7 +7,9 @@ from hf_pdprune.trainer import PDPruneConfig
 
 
 OWN_FIELDS = [
-    f for f in fields(PDPruneConfig) if f.name in PDPruneConfig.__annotations__ and f.name not in SFTConfig.__annotations__
+    f
+    for f in fields(PDPruneConfig)
+    if f.name in PDPruneConfig.__annotations__ and f.name not in SFTConfig.__annotations__
 ]
 
 

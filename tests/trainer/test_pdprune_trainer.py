@@ -40,9 +40,7 @@ def make_trainer(model, plan, rows, folder, tokenizer, **options):
         "disable_tqdm": True,
     }
     args = PDPruneConfig(str(folder), **{**defaults, **options})
-    return PDPruneTrainer(
-        model, plan, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
-    )
+    return PDPruneTrainer(model, plan, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer)
 
 
 def losses(trainer):
@@ -172,7 +170,14 @@ def test_plain_text_and_prompt_completion_rows(tiny_model, plan, tmp_path, tiny_
         trainer.train()
         assert losses(trainer)[0] > 0
     packed = make_trainer(
-        tiny_model("llama"), plan, text, tmp_path, tiny_tokenizer, packing=True, packing_strategy="wrapped", max_length=32
+        tiny_model("llama"),
+        plan,
+        text,
+        tmp_path,
+        tiny_tokenizer,
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=32,
     )
     assert {len(row["input_ids"]) for row in packed.train_dataset} <= {32} | set(range(2, 32))
 

@@ -1,7 +1,8 @@
-from .benchmark import BenchmarkConfig, SpeedBenchmark
+from .benchmark import SpeedBenchmark
+from .benchmark_config import BenchmarkConfig
 from .quality import compare_quality, evaluate_quality
 from .report import write_report
-from .results import read_results, update_results
+from .results import read_results, write_results
 
 
 __all__ = [
@@ -10,6 +11,6 @@ __all__ = [
     "compare_quality",
     "evaluate_quality",
     "read_results",
-    "update_results",
     "write_report",
+    "write_results",
 ]

@@ -1,229 +1,242 @@
-"""SpeedBenchmark: TTFT, TPOT and KV bytes of a pair of stages beside those of the dense model."""
+"""SpeedBenchmark: TTFT and TPOT of a pair of stages against the dense model, interleaved in one run, and KV bytes."""
 
 import gc
-import platform
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
-from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
-from ..blocks import get_blocks
+from ..adapters import adapter_layers
 from ..inference import DecodeStage, PrefillStage
 from ..kv import KVPayload, TokenAwareCache
-
-
-@dataclass
-class BenchmarkConfig:
-    """
-    Options of [`SpeedBenchmark`].
-
-    Parameters:
-        prompt_tokens (`int`, *optional*, defaults to `1024`):
-            Length of the prompts.
-        batch_size (`int`, *optional*, defaults to `1`):
-            Prompts that are read and continued at once.
-        new_tokens (`int`, *optional*, defaults to `24`):
-            Decode steps that are timed in each repetition.
-        repetitions (`int`, *optional*, defaults to `5`):
-            Counted repetitions; medians are reported.
-        warmup (`int`, *optional*, defaults to `1`):
-            Repetitions before those, which do not count.
-    """
-
-    prompt_tokens: int = field(default=1024, metadata={"help": "Length of the prompts."})
-    batch_size: int = field(default=1, metadata={"help": "Prompts that are read and continued at once."})
-    new_tokens: int = field(default=24, metadata={"help": "Decode steps that are timed in each repetition."})
-    repetitions: int = field(default=5, metadata={"help": "Counted repetitions; medians are reported."})
-    warmup: int = field(default=1, metadata={"help": "Repetitions before those, which do not count."})
-
-    def __post_init__(self):
-        for name in ("prompt_tokens", "batch_size", "new_tokens", "repetitions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.warmup < 0:
-            raise ValueError(f"warmup must not be negative, got {self.warmup}")
+from .benchmark_config import BenchmarkConfig
+from .environment import describe_environment
+from .parameter_share import parameter_shares
 
 
 class SpeedBenchmark:
     """
-    Times the dense model and the pruned pair in turn, in one process: what slows the machine down slows both, so their
-    ratio can be trusted where the times cannot. TTFT is the time from the prompt to the first token (and, for the
-    prefill stage, the payload); TPOT is the time of one decode step on the cache of that prompt.
+    Times a pair of stages and the dense model in turns: a prefill of the one, then of the other; a decode step of the
+    one, then of the other. What else the machine does meets both alike, and medians leave out what meets only one.
+
+    TTFT is the time from the prompt's ids to the first token, for the pair with its payload made; TPOT that of one
+    greedy decode step on the cache of the prompt, the pair's made from the payload.
 
     Args:
-        dense ([`~transformers.PreTrainedModel`]): The dense model.
-        prefill ([`PrefillStage`]): Prefill stage, best an exported checkpoint.
-        decode ([`DecodeStage`]): Decode stage, best an exported checkpoint.
+        dense_model ([`~transformers.PreTrainedModel`]): The dense model.
+        prefill ([`PrefillStage`]): The prefill stage, best a checkpoint (a view of the dense model counts the same).
+        decode ([`DecodeStage`]): The decode stage.
         config ([`BenchmarkConfig`], *optional*): The options.
 
     Raises:
-        `ValueError`: If the prompts and new tokens are longer than the model's context.
+        `ValueError`: If a prompt with what is generated is longer than the model's context, or if the dense model has
+            adapters.
+
+    Example:
+
+    ```python
+    result = SpeedBenchmark(dense_model, *load_stages("outputs/demo"), BenchmarkConfig(prompt_tokens=[1024])).run()
+    result["speed"]["ttft_ratio"]
+    ```
     """
 
     def __init__(
-        self, dense: nn.Module, prefill: PrefillStage, decode: DecodeStage, config: BenchmarkConfig | None = None
+        self,
+        dense_model: nn.Module,
+        prefill: PrefillStage,
+        decode: DecodeStage,
+        config: BenchmarkConfig | None = None,
     ):
-        self.dense, self.prefill, self.decode = dense, prefill, decode
+        if adapter_layers(dense_model):
+            raise ValueError("the dense model has adapters, which cost time: load it without them")
+        self.dense_model = dense_model.eval()
+        self.prefill = prefill
+        self.decode = decode
         self.config = config or BenchmarkConfig()
-        text_config = dense.config.get_text_config(decoder=True)
+        self.device = dense_model.get_input_embeddings().weight.device
+        text_config = dense_model.config.get_text_config(decoder=True)
+        self.vocab_size = text_config.vocab_size
+        longest = max(self.config.prompt_tokens) + self._decode_steps + 1
         context = getattr(text_config, "max_position_embeddings", None)
-        needed = self.config.prompt_tokens + self.config.new_tokens
-        if context is not None and needed > context:
+        if context is not None and longest > context:
             raise ValueError(
-                f"a prompt of {self.config.prompt_tokens} tokens and {self.config.new_tokens} new ones are longer than "
-                f"the model's context of {context}"
+                f"prompt_tokens: {max(self.config.prompt_tokens)} and {self._decode_steps + 1} generated tokens are "
+                f"more than the model's context, {context}"
             )
-        generator = torch.Generator().manual_seed(0)
-        shape = (self.config.batch_size, self.config.prompt_tokens)
-        prompt = torch.randint(1, text_config.vocab_size, shape, generator=generator)
-        self.prompt = prompt.to(dense.get_input_embeddings().weight.device)
-        self.mask = torch.ones_like(self.prompt)
+
+    @property
+    def _decode_steps(self) -> int:
+        return self.config.decode_tokens + 4 * self.config.warmup
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
         """
         Returns:
-            `dict`: `speed` and `kv` as results.json has them, `seconds` with medians and ranges, `environment`.
+            `dict[str, Any]`: `cases`, one per prompt length and batch size, each with `ttft` and `tpot` (seconds of
+            `dense` and `pruned`: median, quartiles; their `ratio`, pruned / dense) and `kv`; `shares` (see
+            [`parameter_shares`]); `environment`; and for the first case, as `results.json` has them, `speed` and `kv`.
         """
-        dense_cache, payload = self._dense_prefill(), self._pruned_prefill()
-        sides: dict[str, Callable[[], float]] = {
-            "dense_ttft": lambda: self._timed(self._dense_prefill),
-            "pruned_ttft": lambda: self._timed(self._pruned_prefill),
-            "dense_tpot": lambda: self._dense_decode(dense_cache),
-            "pruned_tpot": lambda: self._pruned_decode(payload),
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        rounds = range(self.config.warmup + self.config.repetitions)
-        gc.collect()
-        gc.disable()
-        try:
-            for number in tqdm(rounds, desc="Benchmark", unit="round", disable=not PartialState().is_main_process):
-                # Each side goes first in every other round, so that neither always follows a warmer cache.
-                for name in list(sides) if number % 2 else [*sides][::-1]:
-                    took = sides[name]()
-                    if number >= self.config.warmup:
-                        seconds[name].append(took)
-        finally:
-            gc.enable()
+        shares = parameter_shares(self.dense_model, self.prefill, self.decode)
+        sizes = [(tokens, rows) for tokens in self.config.prompt_tokens for rows in self.config.batch_sizes]
+        per_case = self.config.repeats + self.config.warmup + self._decode_steps
+        with tqdm(total=len(sizes) * per_case, desc="Benchmark", unit="turn") as progress, steady_process():
+            cases = [self._case(tokens, rows, progress) for tokens, rows in sizes]
+        for case in cases:
+            for what, stage in (("ttft", "prefill"), ("tpot", "decode")):
+                share = shares[f"{stage}_share_removed"]
+                # None, and not infinity, where nothing was removed: JSON has no infinity.
+                case[what]["time_saved_over_share"] = (1 - case[what]["ratio"]) / share if share > 0 else None
+        first = cases[0]
         return {
-            "speed": self._speed(seconds),
-            "kv": self._kv(payload),
-            "seconds": {name: _summary(values) for name, values in seconds.items()},
-            "environment": self._environment(),
+            "speed": {
+                "ttft_ratio": first["ttft"]["ratio"],
+                "tpot_ratio": first["tpot"]["ratio"],
+                **shares,
+                "ttft_time_saved_over_share": first["ttft"]["time_saved_over_share"],
+                "tpot_time_saved_over_share": first["tpot"]["time_saved_over_share"],
+                "prompt_tokens": first["prompt_tokens"],
+                "batch_size": first["batch_size"],
+            },
+            "kv": {"prompt_tokens": first["prompt_tokens"], **first["kv"]},
+            "cases": cases,
+            "shares": shares,
+            "environment": describe_environment(self.dense_model),
         }
 
-    # What is timed
+    def _case(self, prompt_tokens: int, batch_size: int, progress: tqdm) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        prompt_ids = torch.randint(self.vocab_size, (batch_size, prompt_tokens), generator=generator).to(self.device)
+        progress.set_postfix(prompt_tokens=prompt_tokens, batch_size=batch_size)
 
-    def _timed(self, work: Callable[[], Any]) -> float:
-        self._synchronize()
-        begun = time.perf_counter()
-        work()
-        self._synchronize()
-        return time.perf_counter() - begun
+        # Time to first token
+        ttft: dict[str, list[float]] = {"dense": [], "pruned": []}
+        for turn in range(-self.config.warmup, self.config.repeats):
+            cache, payload = None, None  # freed before the next ones are made
+            for name in in_turns(turn):
+                gc.collect()
+                if name == "dense":
+                    seconds, cache, first_token = self._timed(self._dense_prefill, prompt_ids)
+                else:
+                    seconds, payload = self._timed(self._pruned_prefill, prompt_ids)
+                if turn >= 0:
+                    ttft[name].append(seconds)
+            progress.update()
+        kv = kv_bytes(payload, self.prefill)
 
-    def _dense_prefill(self) -> DynamicCache:
-        cache = DynamicCache(config=self.dense.config)
-        output = self.dense(input_ids=self.prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        output.logits[:, -1].argmax(dim=-1)
-        return cache
-
-    def _pruned_prefill(self) -> KVPayload:
-        payload = self.prefill.forward(self.prompt, self.mask)
-        payload.first_token = payload.first_logits.argmax(dim=-1, keepdim=True)
-        return payload
-
-    def _dense_decode(self, cache: DynamicCache) -> float:
-        took = self._decode_steps(self.dense, cache)
-        cache.crop(-self.config.new_tokens)
-        return took
-
-    def _pruned_decode(self, payload: KVPayload) -> float:
-        decode = self.decode
-        with decode.active():
-            with TokenAwareCache.from_payload(payload, decode.plan, decode.model, decode.running_blocks) as cache:
-                return self._decode_steps(decode.model, cache)
-
-    def _decode_steps(self, model: nn.Module, cache: Any) -> float:
-        """Seconds per token of greedy decoding on `cache`."""
-        token = self.prompt[:, :1]
-
-        def steps() -> None:
-            nonlocal token
-            for _ in range(self.config.new_tokens):
-                output = model(input_ids=token, past_key_values=cache, use_cache=True)
-                token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
-
-        return self._timed(steps) / self.config.new_tokens
-
-    def _synchronize(self) -> None:
-        if self.prompt.device.type == "cuda":
-            torch.cuda.synchronize(self.prompt.device)
-
-    # What is reported
-
-    def _speed(self, seconds: dict[str, list[float]]) -> dict[str, float]:
-        shares = parameter_shares(self.dense, self.prefill, self.decode)
-        speed: dict[str, float] = {}
-        for figure, share in (("ttft", "prefill_share_removed"), ("tpot", "decode_share_removed")):
-            # The ratio round by round: a slow spell of the machine falls on both sides of it.
-            pairs = zip(seconds[f"pruned_{figure}"], seconds[f"dense_{figure}"], strict=True)
-            speed[f"{figure}_ratio"] = statistics.median(pruned / dense for pruned, dense in pairs)
-            speed[share] = shares[share]
-            if shares[share] > 0:
-                speed[f"{figure}_saved_of_share"] = (1 - speed[f"{figure}_ratio"]) / shares[share]
-        return speed
-
-    def _kv(self, payload: KVPayload) -> dict[str, float]:
-        reduction = self.decode.plan.kv_reduction(self.config.prompt_tokens)
+        # Time per output token
+        tpot: dict[str, list[float]] = {"dense": [], "pruned": []}
+        payload = payload.to(self.decode.model.device)
+        tokens = {"dense": first_token, "pruned": payload.first_token}
+        with (
+            self.decode.active(),
+            TokenAwareCache.from_payload(
+                payload, self.decode.plan, self.decode.model, self.decode.running_blocks
+            ) as pruned_cache,
+        ):
+            models = {"dense": (self.dense_model, cache), "pruned": (self.decode.module, pruned_cache)}
+            for turn in range(-4 * self.config.warmup, self.config.decode_tokens):
+                length = prompt_tokens + 4 * self.config.warmup + turn + 1
+                mask = torch.ones((batch_size, length), dtype=torch.long, device=self.device)
+                for name in in_turns(turn):
+                    seconds, tokens[name] = self._timed(self._step, *models[name], tokens[name], mask)
+                    if turn >= 0:
+                        tpot[name].append(seconds)
+                progress.update()
         return {
-            "prompt_tokens": self.config.prompt_tokens,
-            "bytes_dense": payload.nbytes_dense,
-            "bytes_sent": payload.nbytes,
-            "ratio": payload.nbytes_dense / payload.nbytes,
-            "ratio_by_blocks": reduction["blocks"],
-            "ratio_by_tokens": reduction["tokens"],
+            "prompt_tokens": prompt_tokens,
+            "batch_size": batch_size,
+            "ttft": compared(ttft),
+            "tpot": compared(tpot),
+            "kv": kv,
         }
 
-    def _environment(self) -> dict[str, Any]:
-        device = self.prompt.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
-        return {
-            "device": name,
-            "threads": torch.get_num_threads(),
-            "dtype": str(self.dense.dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "prompt_tokens": self.config.prompt_tokens,
-            "batch_size": self.config.batch_size,
-            "new_tokens": self.config.new_tokens,
-            "repetitions": self.config.repetitions,
-        }
+    def _timed(self, function: Callable, *args: Any) -> tuple:
+        """Seconds that the function takes, and what it returns."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        result = function(*args)
+        synchronize(self.device)
+        return time.perf_counter() - start, *(result if isinstance(result, tuple) else (result,))
+
+    def _dense_prefill(self, prompt_ids: torch.LongTensor) -> tuple[Cache, torch.LongTensor]:
+        cache = DynamicCache(config=self.dense_model.config)
+        mask = torch.ones_like(prompt_ids)
+        # By way of generate, as the prefill stage does it.
+        sequences = self.dense_model.generate(
+            input_ids=prompt_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=1, do_sample=False
+        )
+        return cache, sequences[:, -1:]
+
+    def _pruned_prefill(self, prompt_ids: torch.LongTensor) -> KVPayload:
+        return self.prefill(prompt_ids, torch.ones_like(prompt_ids), do_sample=False)
+
+    def _step(
+        self, model: nn.Module, cache: Cache, tokens: torch.LongTensor, mask: torch.LongTensor
+    ) -> torch.LongTensor:
+        output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
+        return output.logits[:, -1:].argmax(dim=-1)
 
 
-def parameter_shares(dense: nn.Module, prefill: PrefillStage, decode: DecodeStage) -> dict[str, float]:
+def in_turns(turn: int) -> tuple[str, str]:
+    """Who comes first changes from turn to turn, so that neither always follows the other."""
+    return ("dense", "pruned") if turn % 2 == 0 else ("pruned", "dense")
+
+
+def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
     """
-    What each stage saves at most: the share of block parameters that prefill does without, and the share of block and
-    LM-head parameters that decode does without (it reads all of these for every token).
+    Median, quartiles and number of the dense and of the pruned times, and of their ratio, pruned / dense: the median
+    over turns, whose two times were measured next to each other, so that a machine that gets slower or faster while
+    the benchmark runs does not shift it.
     """
-    blocks = [sum(p.numel() for p in block.parameters()) for block in get_blocks(dense)]
-    head = dense.get_output_embeddings().weight.numel()
+    ratios = [pruned / dense for dense, pruned in zip(seconds["dense"], seconds["pruned"], strict=True)]
+    result = {name: summary(values) for name, values in seconds.items()}
+    return {**result, "ratio": statistics.median(ratios), "ratio_quartiles": summary(ratios)["quartiles"]}
 
-    def missing(stage: PrefillStage | DecodeStage) -> int:
-        return sum(blocks[number] for number in stage.plan.stage(stage.name).missing_blocks)
 
+def summary(values: list[float]) -> dict[str, Any]:
+    """Median, quartiles and number of measurements."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return {"median": median, "quartiles": [low, high], "measurements": len(values)}
+
+
+def kv_bytes(payload: KVPayload, prefill: PrefillStage) -> dict[str, Any]:
+    """
+    Bytes of a hand-over beside those of the dense model's KV entries: `bytes_sent` is all of the payload, header and
+    prompt included, `bytes_kv` its keys and values. `ratio_by_blocks` and `ratio_by_tokens` say how the plan comes to
+    fewer entries.
+    """
+    reduction = prefill.plan.kv_reduction(payload.prompt_tokens)
+    sent = payload.nbytes
     return {
-        "prefill_share_removed": missing(prefill) / sum(blocks),
-        "decode_share_removed": missing(decode) / (sum(blocks) + head),
+        "bytes_dense": payload.nbytes_dense,
+        "bytes_sent": sent,
+        "bytes_kv": payload.nbytes_kv,
+        "ratio": payload.nbytes_dense / sent,
+        "ratio_by_blocks": reduction["blocks"],
+        "ratio_by_tokens": reduction["tokens"],
     }
 
 
-def _summary(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+def synchronize(device: torch.device) -> None:
+    """Waits until the accelerator has done what it was given; nothing to do for a CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextmanager
+def steady_process() -> Iterator[None]:
+    """Within this context the garbage collector does not run, so that no measurement pays for another's garbage."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

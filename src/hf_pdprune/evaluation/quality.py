@@ -94,14 +94,14 @@ def compare_quality(
 
     Args:
         dense_model (`nn.Module`): The dense model, with adapters or not (they do not apply).
-        pairs (`Mapping[str, tuple[PrefillStage, DecodeStage]]`): Pairs by name: stage checkpoints, or views of a model.
+        pairs (`Mapping[str, tuple[PrefillStage, DecodeStage]]`): Pairs by name: checkpoints, or views of a model.
         batches (`Iterable[Mapping]`): As [`PromptCompletionCollator`] makes them; labels of -100 do not count.
         token_aware (`bool`, defaults to `True`): Whether decode gets only the KV entries that the plan sends it;
             `False` hands over those of every prompt token.
 
     Returns:
-        `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement` per completion token,
-        and `tokens`, their number.
+        `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement`, all per completion
+        token, and `tokens`, their number.
 
     Raises:
         `ValueError`: If there is no completion token, or if logits are not finite.

@@ -32,10 +32,6 @@ class FolderSwap:
         self.folders = folders
 
     def __enter__(self) -> "FolderSwap":
-        for folder in self.folders:
-            old = _aside(folder, "old")
-            if old.exists() and not folder.exists():
-                os.replace(old, folder)
         self._clean()
         return self
 
@@ -54,28 +50,33 @@ class FolderSwap:
 
     def __exit__(self, kind: type | None, *exception: object) -> None:
         try:
-            if kind is None:
+            if kind is None and all(_aside(folder, "new").is_dir() for folder in self.folders):
                 self._replace()
         finally:
             self._clean()
 
     def _replace(self) -> None:
-        for folder in self.folders:
-            new, old = _aside(folder, "new"), _aside(folder, "old")
-            if folder.exists():
-                os.replace(folder, old)
-            try:
-                os.replace(new, folder)
-            except OSError:
+        try:
+            for folder in self.folders:
+                if folder.exists():
+                    os.replace(folder, _aside(folder, "old"))
+                os.replace(_aside(folder, "new"), folder)
+        except BaseException:
+            for folder in self.folders:
+                new, old = _aside(folder, "new"), _aside(folder, "old")
+                if not new.exists():  # it has taken the folder's place
+                    os.replace(folder, new)
                 if old.exists():
                     os.replace(old, folder)
-                raise
+            raise
 
     def _clean(self) -> None:
         for folder in self.folders:
-            shutil.rmtree(_aside(folder, "new"), ignore_errors=True)
-            if folder.exists():  # else the old one is all that there is
-                shutil.rmtree(_aside(folder, "old"), ignore_errors=True)
+            new, old = _aside(folder, "new"), _aside(folder, "old")
+            if old.exists() and not folder.exists():  # a kill between two renamings: the old one is all that there is
+                os.replace(old, folder)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

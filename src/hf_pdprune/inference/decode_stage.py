@@ -48,10 +48,11 @@ class DecodeStage(Stage):
         returned = self.generation_setting(generate_kwargs, "num_return_sequences") or 1
         copies = max(returned, self.generation_setting(generate_kwargs, "num_beams") or 1)
         more_tokens = self._max_new_tokens(payload.prompt_tokens, generate_kwargs) - 1
-        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens") or 0
+        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens")
+        if min_new_tokens is not None:
+            generate_kwargs["min_new_tokens"] = max(min_new_tokens - 1, 0)
         streamer = generate_kwargs.get("streamer")
-        generate_kwargs |= {"max_new_tokens": more_tokens, "min_new_tokens": max(min_new_tokens - 1, 0)}
-        generate_kwargs |= {"max_length": None, "return_dict_in_generate": False}
+        generate_kwargs |= {"max_new_tokens": more_tokens, "max_length": None, "return_dict_in_generate": False}
 
         # Rows that ended with the first token stay out: generate would take it for a part of the prompt and go on.
         goes_on = ~_is_any_of(payload.first_token, eos)

@@ -56,9 +56,7 @@ def send_payload(
     return len(data)
 
 
-def receive_payload(
-    src: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu"
-) -> KVPayload:
+def receive_payload(src: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> KVPayload:
     """
     Receives what [`send_payload`] sends.
 
@@ -126,8 +124,8 @@ def handover_between_processes(
     try:
         multiprocessing.spawn(_run_stage, args=(store.port, json.dumps(job)), nprocs=2)
     except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        name = (PrefillStage, DecodeStage)[error.error_index].name
-        raise RuntimeError(f"the {name} process failed: {str(error).strip().splitlines()[-1]}") from error
+        reason = store.get("error").decode() if store.check(["error"]) else str(error).strip().splitlines()[-1]
+        raise RuntimeError(reason) from error
     return json.loads(store.get("result"))
 
 
@@ -138,8 +136,8 @@ def _run_stage(rank: int, port: int, job: str) -> None:
     _use_loopback()
     store = dist.TCPStore(_LOCALHOST, port, is_master=False, timeout=_TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
+    stage_class = (PrefillStage, DecodeStage)[rank]
     try:
-        stage_class = (PrefillStage, DecodeStage)[rank]
         folder = Path(job["folder"]) / stage_class.name
         model = AutoModelForCausalLM.from_pretrained(folder).eval()
         stage, tokenizer = stage_class(model, PruningPlan.from_pretrained(folder)), load_tokenizer(folder)
@@ -148,6 +146,11 @@ def _run_stage(rank: int, port: int, job: str) -> None:
             _prefill(stage, tokenizer, job)
         else:
             store.set("result", json.dumps(_decode(stage, tokenizer, job)))
+    except Exception as error:
+        # The first error is the one to tell: when a process ends, the other one fails too, for lack of its partner.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        store.compare_set("error", "", f"the {stage_class.name} process failed: {reason}")
+        raise
     finally:
         dist.destroy_process_group()
 

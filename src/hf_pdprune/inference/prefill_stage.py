@@ -46,13 +46,13 @@ class PrefillStage(Stage):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self._check_length(input_ids.shape[1])
-        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens") or 0
-        min_length = self.generation_setting(generate_kwargs, "min_length") or 0
-        ends_early = max(min_new_tokens, min_length - input_ids.shape[1]) <= 0
-        generate_kwargs |= {"max_new_tokens": 1, "min_new_tokens": 0 if ends_early else 1, "min_length": 0}
+        least = self.generation_setting(generate_kwargs, "min_new_tokens")
+        if least is None:
+            least = (self.generation_setting(generate_kwargs, "min_length") or 0) - input_ids.shape[1]
+        generate_kwargs |= {"max_new_tokens": 1, "min_new_tokens": 1 if least > 0 else None}
         generate_kwargs |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
-        for name in ("max_length", "streamer", "assistant_model", "prompt_lookup_num_tokens"):
-            generate_kwargs.pop(name, None)
+        for name in ("max_length", "min_length", "streamer", "assistant_model", "prompt_lookup_num_tokens"):
+            generate_kwargs[name] = None
         with self.active(), self._new_cache(input_ids) as cache:
             output = self.model.generate(
                 input_ids=input_ids,

@@ -50,9 +50,10 @@ class Stage:
 
     def generation_setting(self, generate_kwargs: Mapping[str, Any], name: str) -> Any:
         """What `model.generate(**generate_kwargs)` will use for `name`; `None` for a default of transformers."""
-        configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
-        values = (generate_kwargs.get(name), *(getattr(config, name, None) for config in configs))
-        return next((value for value in values if value is not None), None)
+        if name in generate_kwargs:
+            return generate_kwargs[name]
+        value = getattr(generate_kwargs.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if value is None else value
 
     @contextmanager
     def active(self) -> Iterator[None]:

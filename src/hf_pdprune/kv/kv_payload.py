@@ -49,7 +49,8 @@ class KVPayload:
         prompt_mask (`torch.LongTensor`): Shape `(batch_size, prompt_tokens)`, 0 for padding.
         plan_digest (`str`): Digest of the plan by which the entries were selected.
         model_fingerprint (`str`): Fingerprint of the pair of stages (see [`model_fingerprint`]).
-        nbytes_dense (`int`): Bytes of keys and values that the dense model would have sent for these prompts.
+        nbytes_dense (`int`): Bytes of keys and values that the dense model would have sent for these prompts. Where
+            it mixes sliding windows and full attention, blocks that a checkpoint lacks count as its others on average.
         first_token (`torch.LongTensor`, *optional*): Shape `(batch_size, 1)`, the token that prefill has generated.
         first_log_probs (`torch.Tensor`, *optional*): Shape `(batch_size, vocab_size)`, its log-probabilities.
         first_logits (`torch.Tensor`, *optional*): Shape `(batch_size, vocab_size)`. Stays in the process: the
@@ -161,7 +162,7 @@ class KVPayload:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are sent, by name. Those with the widest elements come first: none needs padding then."""
         tensors = {}
-        for block, (keys, values) in self.entries.items():
+        for block, (keys, values) in sorted(self.entries.items()):
             tensors[f"keys.{block}"], tensors[f"values.{block}"] = keys, values
         if self.first_log_probs is not None:
             tensors["first_log_probs"] = self.first_log_probs
@@ -225,8 +226,11 @@ class KVPayload:
         first_token, first_log_probs = tensors.pop("first_token", None), tensors.pop("first_log_probs", None)
         if first_token is not None and tuple(first_token.shape) != (batch_size, 1):
             raise PayloadError(f"first_token has shape {tuple(first_token.shape)}, expected {(batch_size, 1)}")
-        if first_log_probs is not None and (first_log_probs.dim() != 2 or first_log_probs.shape[0] != batch_size):
-            raise PayloadError(f"first_log_probs has shape {tuple(first_log_probs.shape)} for {batch_size} prompts")
+        if first_log_probs is not None and not (
+            first_log_probs.is_floating_point() and first_log_probs.dim() == 2 and len(first_log_probs) == batch_size
+        ):
+            what = f"{first_log_probs.dtype} of shape {tuple(first_log_probs.shape)}"
+            raise PayloadError(f"first_log_probs is {what}, for {batch_size} prompts")
         return cls(
             entries=_entries_by_block(tensors, batch_size),
             prompt_ids=prompt_ids,
@@ -289,12 +293,13 @@ def _entries_by_block(
             raise PayloadError(f"the payload has an unexpected tensor {name!r}")
         if kind == "keys":
             values = tensors[f"values.{block}"]
-            if keys.dim() != 4 or values.dim() != 4 or keys.shape[:3] != values.shape[:3] or len(keys) != batch_size:
+            fit = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and len(keys) == batch_size
+            if not (fit and keys.is_floating_point() and keys.dtype == values.dtype):
                 raise PayloadError(
-                    f"block {block}: keys {tuple(keys.shape)} and values {tuple(values.shape)} are no KV entries of "
-                    f"{batch_size} prompts"
+                    f"block {block}: keys {keys.dtype} {tuple(keys.shape)} and values {values.dtype} "
+                    f"{tuple(values.shape)} are no KV entries of {batch_size} prompts"
                 )
             entries[int(block)] = (keys, values)
     if len(tensors) != 2 * len(entries):
         raise PayloadError("the payload has values without keys")
-    return entries
+    return dict(sorted(entries.items()))

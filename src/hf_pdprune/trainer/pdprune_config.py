@@ -19,7 +19,8 @@ class PDPruneConfig(SFTConfig):
 
     Parameters:
         removal_rounds (`int`, *optional*, defaults to `1`):
-            The plan's blocks are removed in so many rounds, with distillation between them. 1 removes all at the start.
+            The plan's blocks are removed in so many rounds, with distillation between them. 1 removes all at the
+            start.
         removal_fraction (`float`, *optional*, defaults to `0.5`):
             Part of the training steps by which all rounds have begun; the rest heals the final stages.
         distillation_loss (`str`, *optional*, defaults to `"forward_kl"`):
@@ -28,6 +29,9 @@ class PDPruneConfig(SFTConfig):
             Softens both distributions in the distillation loss.
         token_aware_distillation (`bool`, *optional*, defaults to `True`):
             Whether decode is distilled on the KV entries that the plan will send it. `False` hands over all of them.
+        local_distillation_tokens (`int`, *optional*, defaults to `8192`):
+            Training tokens on which each stage's adapter is fitted in closed form before the first step (see
+            [`ResidualFit`]); 0 leaves that out.
         lora_rank (`int`, *optional*, defaults to `32`):
             Rank of each stage's adapter, where no `peft_config` is given.
         lora_alpha (`int`, *optional*, defaults to `64`):
@@ -58,6 +62,12 @@ class PDPruneConfig(SFTConfig):
         default=True,
         metadata={"help": "Whether decode is distilled on the KV entries that the plan will send it, or on all."},
     )
+    local_distillation_tokens: int = field(
+        default=8192,
+        metadata={
+            "help": "Training tokens on which adapters are fitted in closed form before the first step; 0: none."
+        },
+    )
     lora_rank: int = field(
         default=32, metadata={"help": "Rank of each stage's adapter, where no peft_config is given."}
     )
@@ -78,6 +88,8 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"distillation_loss must be one of {known}, got {self.distillation_loss!r}")
         if self.distillation_temperature <= 0:
             raise ValueError(f"distillation_temperature must be positive, got {self.distillation_temperature}")
+        if self.local_distillation_tokens < 0:
+            raise ValueError(f"local_distillation_tokens must not be negative, got {self.local_distillation_tokens}")
         for name in ("lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -87,6 +99,6 @@ class PDPruneConfig(SFTConfig):
             )
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise ValueError(
-                "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined text "
-                "into rows of max_length): each row needs a prompt and a completion of its own"
+                "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined "
+                "text into rows of max_length): each row needs a prompt and a completion of its own"
             )

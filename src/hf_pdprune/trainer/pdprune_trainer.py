@@ -25,6 +25,7 @@ from ..plan import PruningPlan
 from .callbacks import BlockRemovalCallback
 from .losses import DISTILLATION_LOSSES, mean_over_labels
 from .pdprune_config import PDPruneConfig
+from .residual_fit import ResidualFit
 
 
 STAGES = ("prefill", "decode")
@@ -44,8 +45,8 @@ class PDPruneTrainer(SFTTrainer):
             is cut into prompt and completion (see [`PromptCompletionCollator`]).
         eval_dataset (*optional*): As for `SFTTrainer`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer.
-        peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of the
-            blocks that the stage keeps.
+        peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of
+            the blocks that the stage keeps.
         kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...).
 
     Raises:
@@ -119,6 +120,32 @@ class PDPruneTrainer(SFTTrainer):
             for parameter in adapter_parameters(model, stage).values():
                 parameter.requires_grad_(True)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        if not resume_from_checkpoint and self.args.local_distillation_tokens:
+            self.fit_residuals(self.args.local_distillation_tokens)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def fit_residuals(self, num_tokens: int) -> None:
+        """
+        Starts both adapters from a fit in closed form (see [`ResidualFit`]).
+
+        Args:
+            num_tokens (`int`): Tokens of the training set that are used, in rows of equal length.
+        """
+        length = min(512, self.args.max_length or 512)
+        tokens: list[int] = []
+        for row in self.train_dataset:
+            tokens += row["input_ids"]
+            if len(tokens) >= num_tokens:
+                break
+        length = min(length, len(tokens))
+        rows = torch.tensor(tokens[: min(num_tokens, len(tokens)) // length * length]).view(-1, length)
+        model = self.accelerator.unwrap_model(self.model)
+        rows = rows.to(model.get_input_embeddings().weight.device)
+        fit = ResidualFit(model, rows.split(max(1, 4096 // length)))
+        for stage in STAGES:
+            fit.fit(self.removal.current_plan.stage(stage).missing_blocks, stage)
+
     def stages(self, module: nn.Module | None = None, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
         """
         Both stages as they are at this step, as views of the one model.
@@ -190,8 +217,8 @@ class PDPruneTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`. The checkpoints
-        that training itself writes hold the adapters and the plan, not the dense weights.
+        Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`. The
+        checkpoints that training itself writes hold the adapters and the plan, not the dense weights.
         """
         output_dir = output_dir or self.args.output_dir
         if _internal_call:

@@ -1,0 +1,45 @@
+"""BenchmarkConfig: the options of SpeedBenchmark."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class BenchmarkConfig:
+    """
+    Options of [`SpeedBenchmark`].
+
+    Parameters:
+        prompt_tokens (`list[int]`, *optional*, defaults to `[1024]`):
+            Lengths of the prompts.
+        batch_sizes (`list[int]`, *optional*, defaults to `[1]`):
+            Prompts per batch. Every length is measured with every batch size.
+        decode_tokens (`int`, *optional*, defaults to `32`):
+            Decode steps that are timed, one token each.
+        repeats (`int`, *optional*, defaults to `5`):
+            Prefills that are timed.
+        warmup (`int`, *optional*, defaults to `1`):
+            Prefills, and four times as many decode steps, that run before and are not counted.
+        seed (`int`, *optional*, defaults to `0`):
+            Of the random prompts.
+    """
+
+    prompt_tokens: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Lengths of the prompts."})
+    batch_sizes: list[int] = field(
+        default_factory=lambda: [1],
+        metadata={"help": "Prompts per batch. Every length is measured with every batch size."},
+    )
+    decode_tokens: int = field(default=32, metadata={"help": "Decode steps that are timed, one token each."})
+    repeats: int = field(default=5, metadata={"help": "Prefills that are timed."})
+    warmup: int = field(
+        default=1, metadata={"help": "Prefills, and four times as many decode steps, that run before, uncounted."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of the random prompts."})
+
+    def __post_init__(self):
+        for name in ("prompt_tokens", "batch_sizes"):
+            values = getattr(self, name)
+            if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
+                raise ValueError(f"{name} must be positive whole numbers, got {values!r}")
+        for name, least in (("decode_tokens", 1), ("repeats", 1), ("warmup", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

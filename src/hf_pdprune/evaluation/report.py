@@ -1,0 +1,179 @@
+"""Report: report.md, a plot and a terminal table, from the artefacts of a run alone."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..plan import PruningPlan
+from .plan_plot import plot_plan
+from .result_table import ResultTable, megabytes
+from .results import kl_closed, read_results
+
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE_NAME = "report.md"
+PLOT_FILE_NAME = "pruning_plan.png"
+_STATISTICS_FILE_NAME = "block_statistics.json"
+
+
+def write_report(folder: str | os.PathLike) -> str:
+    """
+    Writes `report.md` and `pruning_plan.png` from `pruning_plan.json`, `results.json` and, where it is there,
+    `block_statistics.json`. No model runs.
+
+    Args:
+        folder (`str`): Where the artefacts are.
+
+    Returns:
+        `str`: The tables, for a terminal.
+
+    Raises:
+        `FileNotFoundError`: If there is no plan or no results.
+        `ValueError`: If an artefact is not valid.
+    """
+    folder = Path(folder)
+    plan, results = PruningPlan.from_pretrained(folder), read_results(folder)
+    statistics = folder / _STATISTICS_FILE_NAME
+    has_plot = True
+    try:
+        plot_plan(plan, read_redundancy(statistics) if statistics.is_file() else None, folder / PLOT_FILE_NAME)
+    except ImportError as error:
+        logger.warning("%s", error)
+        has_plot = False
+    temporary = folder / f"{REPORT_FILE_NAME}.partial"
+    temporary.write_text(report_text(plan, results, has_plot), encoding="utf-8")
+    os.replace(temporary, folder / REPORT_FILE_NAME)
+    return terminal_text(plan, results)
+
+
+def read_redundancy(path: str | os.PathLike) -> list[float]:
+    """
+    Redundancy per block from `block_statistics.json`.
+
+    Raises:
+        `ValueError`: If the file has no such list.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [float(value) for value in data["redundancy"]]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no list of numbers under the key redundancy") from error
+
+
+def terminal_text(plan: PruningPlan, results: Mapping[str, Any]) -> str:
+    """Both tables and a line on healing, as plain text."""
+    parts = [ResultTable.of_quality_speed_and_bytes(results).to_text()]
+    if "speed" in results:
+        parts.append(ResultTable.of_speed_and_shares(results["speed"]).to_text())
+    parts.append("\n".join(_remarks(results)))
+    parts.append(
+        f"prefill does without blocks {numbers(plan.prefill.missing_blocks)}; "
+        f"decode without {numbers(plan.decode.missing_blocks)}"
+    )
+    return "\n\n".join(part for part in parts if part)
+
+
+def report_text(plan: PruningPlan, results: Mapping[str, Any], has_plot: bool = True) -> str:
+    """The report in Markdown."""
+    lines = [f"# {Path(plan.base_model).name}, pruned per stage", ""]
+    lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
+    if "quality" in results:
+        tokens = next(iter(results["quality"].values())).get("tokens")
+        lines += [
+            f"Perplexity and KL (nats) are per completion token{f', over {tokens:,} tokens' if tokens else ''} of "
+            "held-out text, through the hand-over as it is deployed. With the token-aware cache, token-aware blocks "
+            "hand over the first and the last prompt tokens only; where all tokens are handed over, the cost is that "
+            "of the missing blocks alone.",
+            "",
+        ]
+    lines += [line + "  " for line in _remarks(results)] + [""]
+    if "speed" in results:
+        speed = results["speed"]
+        size = ""
+        if "batch_size" in speed:
+            size = f" for {speed['prompt_tokens']:,} prompt tokens, batch {speed['batch_size']}"
+        lines += ["## Speed", "", ResultTable.of_speed_and_shares(speed).to_markdown(), ""]
+        lines += [
+            f"Medians over turns of the dense model and the pair{size}. TTFT: from the prompt to the first token, "
+            "payload included; TPOT: one greedy decode step on the prompt's cache.",
+            "",
+        ]
+    lines += ["## Plan", ""]
+    if has_plot:
+        lines += [f"![Redundancy per block and what was removed]({PLOT_FILE_NAME})", ""]
+    lines += [*_plan_table(plan), ""]
+    if "sample" in results:
+        sample = results["sample"]
+        lines += ["## The same prompt, continued", ""]
+        lines += [f"- **{name}**: {_one_line(str(text))}" for name, text in sample.items()] + [""]
+    lines += _mapping_section("How the plan was found", plan.provenance)
+    lines += _mapping_section("Distillation", results.get("distillation", {}))
+    lines += _mapping_section("Measured on", results.get("environment", {}))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    """What the tables do not say at a glance."""
+    remarks = []
+    closed = {
+        what: kl_closed(results[part])
+        for part, what in (("quality", "token-aware cache"), ("quality_all_tokens", "all tokens handed over"))
+        if part in results
+    }
+    closed = {what: share for what, share in closed.items() if share is not None}
+    if closed:
+        shares = ", ".join(f"{share:.0%} ({what})" for what, share in closed.items())
+        remarks.append(f"Distillation closed of the KL that pruning opened: {shares}.")
+    if "kv" in results:
+        kv = results["kv"]
+        by = ""
+        if "ratio_by_blocks" in kv:
+            by = f" ({kv['ratio_by_blocks']:.2f}x by blocks, {kv['ratio_by_tokens']:.2f}x by tokens)"
+        remarks.append(
+            f"KV bytes handed over: {megabytes(kv['bytes_sent'])} instead of {megabytes(kv['bytes_dense'])}, "
+            f"{kv['ratio']:.2f}x fewer{by}."
+        )
+    return remarks
+
+
+def _plan_table(plan: PruningPlan) -> list[str]:
+    kv = plan.kv
+    token_aware = [block for block in kv.token_aware_blocks if block not in plan.decode.missing_blocks]
+    lines = ["| | prefill | decode |", "|---|---|---|"]
+    for title, key in (("blocks removed", "removed_blocks"), ("merged [kept, absorbed]", "merged_blocks")):
+        cells = [numbers(getattr(plan.stage(stage), key)) for stage in ("prefill", "decode")]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    kept = [f"{len(plan.kept_blocks(stage))} of {plan.num_hidden_layers}" for stage in ("prefill", "decode")]
+    lines.append(f"| blocks left | {' | '.join(kept)} |")
+    window = f"first {kv.first_tokens} and last {kv.last_tokens} tokens"
+    return [*lines, "", f"Token-aware blocks ({window}): {numbers(token_aware)}"]
+
+
+def numbers(values: Sequence[Any]) -> str:
+    """Block numbers or pairs as text."""
+    return ", ".join(str(list(value)) if isinstance(value, tuple) else str(value) for value in values) or "none"
+
+
+def _mapping_section(title: str, mapping: Mapping[str, Any]) -> list[str]:
+    """A list of what is simple enough to read; the rest is in the artefacts."""
+    simple = (bool, int, float, str)
+    lines = []
+    for key, value in mapping.items():
+        if isinstance(value, simple):
+            lines.append(f"- {key}: {_text(value)}")
+        elif isinstance(value, Mapping) and value and all(isinstance(part, simple) for part in value.values()):
+            lines.append(f"- {key}: {', '.join(f'{name} {_text(part)}' for name, part in value.items())}")
+    return [f"## {title}", "", *lines, ""] if lines else []
+
+
+def _text(value: bool | int | float | str) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _one_line(str(value))
+
+
+def _one_line(text: str, most: int = 400) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[:most] + " ..."

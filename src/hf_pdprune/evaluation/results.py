@@ -1,0 +1,63 @@
+"""results.json: what was measured of a pair of stages."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+RESULTS_FILE_NAME = "results.json"
+
+
+def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+    """
+    Writes `results.json` into a folder, as a whole or not at all, and keeps parts that it holds already.
+
+    Args:
+        folder (`str`): Where the artefacts of a run are.
+        results (`Mapping`): Parts by name: `quality` and `quality_all_tokens` (see [`compare_quality`]), `speed` and
+            `kv` (see [`SpeedBenchmark`]), and what else a recipe measures.
+
+    Raises:
+        `ValueError`: If a number is not finite, which JSON cannot hold; or if what is there is not valid.
+    """
+    path = Path(folder) / RESULTS_FILE_NAME
+    merged = {**(read_results(folder) if path.is_file() else {}), **results}
+    try:
+        text = json.dumps(merged, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise ValueError(f"{RESULTS_FILE_NAME}: a result is NaN or infinite") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def read_results(folder: str | os.PathLike) -> dict[str, Any]:
+    """
+    Reads `results.json` from a folder (or the file itself).
+
+    Raises:
+        `FileNotFoundError`: If there is none.
+        `ValueError`: If it is not valid.
+    """
+    path = Path(folder)
+    path = path / RESULTS_FILE_NAME if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no {RESULTS_FILE_NAME} in {folder!s}")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(results, dict) or any(not isinstance(part, dict | list) for part in results.values()):
+        raise ValueError(f"{path} must hold a JSON object of objects")
+    return results
+
+
+def kl_closed(quality: Mapping[str, Mapping[str, float]]) -> float | None:
+    """Share of the KL that pruning opened which healing has closed; `None` where that was not measured."""
+    if "unhealed" not in quality or "healed" not in quality or quality["unhealed"]["kl"] <= 0:
+        return None
+    return 1 - quality["healed"]["kl"] / quality["unhealed"]["kl"]

@@ -1,0 +1,93 @@
+import gc
+
+import pytest
+
+from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark
+from hf_pdprune.evaluation.benchmark import compared, in_turns, steady_process
+from hf_pdprune.hub import build_stage
+from hf_pdprune.inference import DecodeStage, PrefillStage
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+
+@pytest.fixture
+def plan(tiny_llama):
+    kv = KVPlan((0, 3), first_tokens=2, last_tokens=6)
+    return PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)), kv=kv)
+
+
+def small(**values):
+    return BenchmarkConfig(**{"prompt_tokens": [32], "decode_tokens": 3, "repeats": 2, "warmup": 1} | values)
+
+
+@pytest.mark.parametrize("as_checkpoints", [True, False])
+def test_result_is_complete(tiny_llama, plan, as_checkpoints):
+    stages = {"prefill": PrefillStage, "decode": DecodeStage}
+    pair = [
+        kind(build_stage(tiny_llama, plan, stage) if as_checkpoints else tiny_llama, plan)
+        for stage, kind in stages.items()
+    ]
+    result = SpeedBenchmark(tiny_llama, *pair, small(prompt_tokens=[32, 16], batch_sizes=[1, 2])).run()
+    sizes = [(case["prompt_tokens"], case["batch_size"]) for case in result["cases"]]
+    assert sizes == [(32, 1), (32, 2), (16, 1), (16, 2)]
+    for case in result["cases"]:
+        for what, number in (("ttft", 2), ("tpot", 3)):
+            for name in ("dense", "pruned"):
+                times = case[what][name]
+                assert 0 < times["quartiles"][0] <= times["median"] <= times["quartiles"][1]
+                assert times["measurements"] == number
+            assert case[what]["ratio_quartiles"][0] <= case[what]["ratio"] <= case[what]["ratio_quartiles"][1]
+    first, speed = result["cases"][0], result["speed"]
+    assert speed["ttft_ratio"] == first["ttft"]["ratio"] and speed["tpot_ratio"] == first["tpot"]["ratio"]
+    # One and two of six equal blocks, beside an LM head.
+    block = sum(parameter.numel() for parameter in tiny_llama.model.layers[0].parameters())
+    assert speed["prefill_share_removed"] == pytest.approx(1 / 6)
+    assert speed["decode_share_removed"] == pytest.approx(2 * block / (6 * block + 256 * 64))
+    saved = (1 - speed["tpot_ratio"]) / speed["decode_share_removed"]
+    assert speed["tpot_time_saved_over_share"] == pytest.approx(saved)
+    assert result["environment"]["dtype"] == "float32" and result["environment"]["threads"] >= 1
+
+
+def test_bytes_are_those_of_the_payload(tiny_llama, plan):
+    kv = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()["kv"]
+    per_token = 2 * 2 * 16 * 4  # keys and values, 2 heads of 16 numbers, float32
+    assert kv["prompt_tokens"] == 32
+    assert kv["bytes_dense"] == 6 * 32 * per_token
+    assert kv["bytes_kv"] == (2 * 32 + 2 * 8) * per_token
+    assert kv["bytes_sent"] > kv["bytes_kv"] and kv["ratio"] == kv["bytes_dense"] / kv["bytes_sent"]
+    assert kv["ratio_by_blocks"] * kv["ratio_by_tokens"] == pytest.approx(kv["bytes_dense"] / kv["bytes_kv"])
+
+
+def test_nothing_removed_has_no_saved_over_share(tiny_llama):
+    plan = PruningPlan.empty(tiny_llama)
+    result = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()
+    assert result["speed"]["ttft_time_saved_over_share"] is None
+
+
+def test_ratio_does_not_follow_a_machine_that_slows_down():
+    dense = [1.0, 1.0, 4.0, 4.0, 4.0]
+    pruned = [0.8, 0.8, 3.2, 3.2, 3.2]
+    assert compared({"dense": dense, "pruned": pruned})["ratio"] == pytest.approx(0.8)
+    assert {in_turns(turn)[0] for turn in range(2)} == {"dense", "pruned"}
+
+
+def test_garbage_collector_is_as_before():
+    with pytest.raises(KeyError):
+        with steady_process():
+            assert not gc.isenabled()
+            raise KeyError
+    assert gc.isenabled()
+
+
+def test_prompt_longer_than_the_context_is_refused(tiny_llama, plan):
+    with pytest.raises(ValueError, match="prompt_tokens: 510 and 8 generated tokens.*context, 512"):
+        SpeedBenchmark(
+            tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small(prompt_tokens=[510])
+        )
+
+
+@pytest.mark.parametrize(
+    "values", [{"prompt_tokens": []}, {"prompt_tokens": [0]}, {"batch_sizes": [-1]}, {"repeats": 0}, {"warmup": -1}]
+)
+def test_bad_options_are_named(values):
+    with pytest.raises(ValueError, match=next(iter(values))):
+        BenchmarkConfig(**values)

@@ -1,0 +1,56 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_pdprune.evaluation import read_results, write_results
+from hf_pdprune.hub import export_stages
+from hf_pdprune.plan import PruningPlan, StagePlan
+
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "benchmark.py"
+
+
+def run(*arguments):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(RECIPE), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
+
+
+@pytest.fixture
+def stages(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)))
+    return export_stages(tiny_llama, plan, tmp_path / "pair")
+
+
+def test_table_json_line_and_artefacts(stages):
+    write_results(stages, {"quality": {"dense": {"kl": 0.0}}})
+    sizes = ["--prompt_tokens", 16, 32, "--batch_sizes", 2, "--decode_tokens", 2, "--repeats", 2]
+    done = run("--stages", stages, "--dense", stages.parent / "dense", *sizes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *table, last = done.stdout.splitlines()
+    printed = json.loads(last)
+    assert printed["kv"]["prompt_tokens"] == 16 and printed["speed"]["batch_size"] == 2
+    assert any(line.startswith("32") for line in table) and any("TTFT (prefill)" in line for line in table)
+    assert len(json.loads((stages / "benchmark.json").read_text())["cases"]) == 2
+    results = read_results(stages)
+    assert results["speed"] == printed["speed"] and results["kv"] == printed["kv"]
+    assert results["quality"] == {"dense": {"kl": 0.0}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt_tokenz", 7], "--prompt_tokenz"),
+        (["--dense", "no/such-model"], "no dense model 'no/such-model'"),
+        (["--dtype", "float99"], "dtype must be one of"),
+    ],
+)
+def test_bad_input_is_one_line(stages, arguments, message):
+    done = run("--stages", stages, *arguments)
+    assert done.returncode == 1 and message in done.stderr.splitlines()[-1] and done.stdout == ""
+    assert not (stages / "benchmark.json").exists()

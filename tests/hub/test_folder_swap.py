@@ -1,0 +1,68 @@
+import pytest
+from safetensors import SafetensorError
+
+from hf_pdprune.hub.folder_swap import FolderSwap
+
+
+def write(folder, text):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "file").write_text(text)
+
+
+def files(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_new_content_replaces_all_of_the_old(tmp_path):
+    write(tmp_path / "a", "old")
+    (tmp_path / "a" / "more").write_text("old")
+    with FolderSwap(tmp_path / "a", tmp_path / "b" / "c") as swap:
+        for folder in swap.folders:
+            with swap.writing(folder) as new:
+                write(new, "new")
+        assert files(tmp_path / "a") == {"file": "old", "more": "old"}
+    assert files(tmp_path) == {"a/file": "new", "b/c/file": "new"}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), OSError(28, "No space left on device")])
+def test_exception_leaves_everything_as_it_was(tmp_path, error):
+    write(tmp_path / "a", "old")
+    with pytest.raises(type(error)):
+        with FolderSwap(tmp_path / "a", tmp_path / "b") as swap:
+            for folder in swap.folders:
+                with swap.writing(folder) as new:
+                    write(new, "new")
+                    if folder.name == "b":
+                        raise error
+    assert files(tmp_path) == {"a/file": "old"} and [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_write_errors_name_the_folder_in_one_line(tmp_path):
+    errors = (
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device\n(os error 28)"),
+    )
+    for error in errors:
+        with pytest.raises(OSError, match=r"a cannot be written: .*No space left on device$"):
+            with FolderSwap(tmp_path / "a") as swap, swap.writing(tmp_path / "a"):
+                raise error
+
+
+def test_what_a_kill_left_is_put_right(tmp_path):
+    # Killed while writing: the old one is there. Killed between two renamings: it is aside.
+    write(tmp_path / "a", "old")
+    write(tmp_path / ".a.new", "half")
+    write(tmp_path / ".b.old", "old")
+    write(tmp_path / ".b.new", "new")
+    with pytest.raises(KeyError):
+        with FolderSwap(tmp_path / "a", tmp_path / "b"):
+            raise KeyError
+    assert files(tmp_path) == {"a/file": "old", "b/file": "old"}
+
+
+def test_nothing_is_replaced_unless_all_was_written(tmp_path):
+    write(tmp_path / "a", "old")
+    with FolderSwap(tmp_path / "a", tmp_path / "b") as swap:
+        with swap.writing(tmp_path / "a") as new:
+            write(new, "new")
+    assert files(tmp_path) == {"a/file": "old"}

@@ -1,0 +1,77 @@
+import json
+import re
+
+import pytest
+import yaml
+
+from hf_pdprune.hub import export_stages, model_card, write_model_cards
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+
+PLAN = PruningPlan(
+    base_model="some-org/model-1B",
+    model_type="llama",
+    num_hidden_layers=6,
+    prefill=StagePlan((2,)),
+    decode=StagePlan((2,), ((3, 4),)),
+    kv=KVPlan((0, 2, 5), 4, 28),
+)
+RESULTS = {
+    "quality": {"dense": {"perplexity": 12.5, "kl": 0.0}, "healed": {"perplexity": 20.25, "kl": 0.5}},
+    "quality_all_tokens": {"dense": {"perplexity": 12.5, "kl": 0.0}, "healed": {"perplexity": 15.75, "kl": 0.25}},
+    "speed": {"ttft_ratio": 0.8125, "tpot_ratio": 0.6875},
+    "kv": {"prompt_tokens": 512, "bytes_dense": 5000, "bytes_sent": 1000, "ratio": 5.0},
+}
+
+
+def front_matter(card):
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL).group(1))
+
+
+@pytest.mark.parametrize("stage", ["prefill", "decode"])
+def test_card_says_what_the_stage_is(stage):
+    card = model_card(PLAN, stage, "my-model")
+    data = front_matter(card)
+    assert data["base_model"] == "some-org/model-1B" and data["library_name"] == "transformers"
+    assert data["pipeline_tag"] == "text-generation" and {"hf_pdprune", "pruned", stage} <= set(data["tags"])
+    assert f"**{stage} stage** of `some-org/model-1B`" in card
+    assert "| blocks removed | 2 | 2 |" in card and "| none | (3, 4) |" in card and "| 5 of 6 | 4 of 6 |" in card
+    assert "first 4 and the last 28 prompt tokens of blocks 0, 5," in card  # 2 is token-aware too, but decode lacks it
+    assert f"{'5' if stage == 'prefill' else '4'} of 6 decoder blocks" in card
+    assert "## Limits" in card and "## Results" not in card
+    assert "{{" not in card and "{%" not in card and card.endswith("\n")
+
+
+def test_results_are_in_the_card():
+    card = model_card(PLAN, "decode", "my-model", RESULTS)
+    assert "| healed | 20.25 | 0.5 | 15.75 | 0.25 |" in card
+    for part in ("0.812", "0.688", "5.00 times fewer", "For a prompt of 512 tokens"):
+        assert part in card
+
+
+def test_local_path_is_not_published(tmp_path):
+    plan = PruningPlan(str(tmp_path / "secret" / "my-model"), "llama", 6)
+    card = model_card(plan, "decode", "x")
+    assert "secret" not in card and "`my-model`" in card and "base_model" not in front_matter(card)
+
+
+def test_cards_of_a_pair_are_written_anew_with_results(tiny_llama, tmp_path):
+    export_stages(
+        tiny_llama, PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2,))), tmp_path
+    )
+    assert "## Results" not in (tmp_path / "decode" / "README.md").read_text()
+    write_model_cards(tmp_path, RESULTS)
+    for stage in ("prefill", "decode"):
+        assert "| healed | 20.25 |" in (tmp_path / stage / "README.md").read_text()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_usage_code_runs(tiny_llama, tiny_tokenizer, tmp_path, capsys):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)))
+    export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer)
+    for stage in ("prefill", "decode"):
+        blocks = re.findall(r"```python\n(.*?)```", (tmp_path / stage / "README.md").read_text(), re.DOTALL)
+        assert len(blocks) == 2
+        for code in blocks:
+            exec(code.replace("path/to/folder", json.dumps(str(tmp_path))[1:-1]), {})
+    assert capsys.readouterr().out.startswith("The capital of France is")

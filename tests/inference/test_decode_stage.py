@@ -1,0 +1,215 @@
+import pytest
+import torch
+from masked_reference import masked_generate, random_prompts
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from hf_pdprune.inference import DecodeStage, PrefillStage
+from hf_pdprune.kv import KVPayload, PayloadError
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+
+KV = KVPlan((0, 1, 3, 5), 2, 4)
+
+
+@pytest.fixture
+def model(tiny_llama):
+    tiny_llama.generation_config.eos_token_id = None
+    return tiny_llama
+
+
+@pytest.fixture
+def plan(model):
+    return PruningPlan.empty(model, kv=KV)
+
+
+@pytest.fixture
+def prompts():
+    return random_prompts([16, 3, 9, 6])
+
+
+def hand_over(model, plan, prompts, **settings):
+    return DecodeStage(model, plan).generate(PrefillStage(model, plan)(*prompts, **settings), **settings)
+
+
+class TestGenerate:
+    """What decode returns is what one process returns that masks the dropped tokens."""
+
+    def check(self, model, plan, prompts, **settings):
+        expected = masked_generate(
+            model, plan, prompts[1], input_ids=prompts[0], attention_mask=prompts[1], **settings
+        )
+        assert torch.equal(hand_over(model, plan, prompts, **settings), expected)
+        return expected
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"max_new_tokens": 1},
+            {"max_new_tokens": 2},
+            {"max_new_tokens": 9},
+            {"max_length": 17},
+            {"max_length": 18},
+            {"max_length": 25},
+            {},
+            {"max_new_tokens": 9, "min_new_tokens": 1},
+            {"max_new_tokens": 5, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+        ],
+        ids=str,
+    )
+    @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+    def test_lengths(self, model, plan, prompts, settings):
+        self.check(model, plan, prompts, do_sample=False, **settings)
+        model.generation_config.update(**settings)
+        self.check(model, plan, prompts)
+
+    def test_a_generation_config_of_the_callers_own(self, model, plan, prompts):
+        self.check(model, plan, prompts, generation_config=GenerationConfig(max_new_tokens=6, do_sample=False))
+
+    @pytest.mark.parametrize("ends", [[0], [1, 3], [0, 1, 2], [0, 1, 2, 3]], ids=str)
+    @pytest.mark.parametrize("pad", [0, 7, None])
+    def test_rows_that_end_with_the_first_token(self, model, plan, prompts, ends, pad):
+        first = PrefillStage(model, plan)(*prompts).first_token[:, 0].tolist()
+        assert len(set(first)) == 4
+        eos = [first[row] for row in ends]
+        sequences = self.check(model, plan, prompts, max_new_tokens=6, eos_token_id=eos, pad_token_id=pad)
+        assert sequences.shape[1] == (17 if len(ends) == 4 else 22)
+
+    def test_rows_that_end_one_after_the_other(self, model, plan, prompts):
+        free = hand_over(model, plan, prompts, max_new_tokens=12)
+        # All of the rows that did not end with the first token end before the length is reached.
+        eos = [int(free[row, 16 + row]) for row in range(4)]
+        sequences = self.check(model, plan, prompts, max_new_tokens=12, eos_token_id=eos, pad_token_id=0)
+        assert sequences.shape[1] < 28
+
+    def test_least_lengths(self, model, plan, prompts):
+        free = hand_over(model, plan, prompts, max_new_tokens=12)
+        eos = free[:, 16:].unique().tolist()  # it would end at once
+        for least in ({"min_new_tokens": 4}, {"min_length": 20}):
+            sequences = self.check(model, plan, prompts, max_new_tokens=6, eos_token_id=eos, pad_token_id=0, **least)
+            assert not torch.isin(sequences[:, 16:20], torch.tensor(eos)).any()
+
+    @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 3, "num_return_sequences": 2}], ids=str)
+    @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=str)
+    def test_beams_go_on_from_the_first_token(self, model, plan, prompts, settings, rows):
+        prompts = [tensor[rows] for tensor in prompts]
+        payload = PrefillStage(model, plan)(*prompts)
+        ids = torch.cat([payload.prompt_ids, payload.first_token], dim=1)
+        mask = torch.nn.functional.pad(prompts[1], (0, 1), value=1)
+        expected = masked_generate(
+            model, plan, prompts[1], input_ids=ids, attention_mask=mask, max_new_tokens=6, **settings
+        )
+        assert torch.equal(hand_over(model, plan, prompts, max_new_tokens=7, **settings), expected)
+
+    def test_several_sequences_of_a_prompt(self, model, plan, prompts):
+        settings = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 8}
+        first = PrefillStage(model, plan)(*prompts, do_sample=False).first_token
+        payload = PrefillStage(model, plan)(*prompts, do_sample=False)
+        sequences = DecodeStage(model, plan).generate(payload, **settings)
+        assert sequences.shape == (12, 24)
+        assert torch.equal(sequences[:, :17], torch.cat([prompts[0], first], dim=1).repeat_interleave(3, dim=0))
+        assert len({tuple(row) for row in sequences[:3].tolist()}) == 3
+        # The same with rows that ended: they come back as often, and filled up.
+        eos = int(first[1])
+        sequences = DecodeStage(model, plan).generate(payload, eos_token_id=eos, pad_token_id=9, **settings)
+        assert torch.equal(sequences[:, :17], torch.cat([prompts[0], first], dim=1).repeat_interleave(3, dim=0))
+        assert (sequences[3:6, 17:] == 9).all()
+
+    @pytest.mark.parametrize("helper", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": None}], ids=str)
+    @pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
+    def test_assisted(self, model, plan, tiny_model, helper, max_new_tokens):
+        pattern, _ = random_prompts([5])
+        prompts = pattern.repeat(1, 4), torch.ones(1, 20, dtype=torch.long)
+        helper = {key: value or tiny_model("llama", num_hidden_layers=2) for key, value in helper.items()}
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
+        expected = masked_generate(
+            model, plan, prompts[1], input_ids=prompts[0], attention_mask=prompts[1], **settings
+        )
+        assert torch.equal(hand_over(model, plan, prompts, **settings, **helper), expected)
+
+    @pytest.mark.parametrize("ends", [False, True])
+    def test_streamer(self, model, plan, ends):
+        class Collector(BaseStreamer):
+            tokens, ended = (), False
+
+            def put(self, value):
+                self.tokens += tuple(value.flatten().tolist())
+
+            def end(self):
+                self.ended = True
+
+        prompts, streamer = random_prompts([16]), Collector()
+        payload = PrefillStage(model, plan)(*prompts)
+        eos = int(payload.first_token) if ends else None
+        sequences = DecodeStage(model, plan).generate(payload, max_new_tokens=5, eos_token_id=eos, streamer=streamer)
+        assert streamer.ended
+        assert [list(streamer.tokens)] == sequences.tolist()
+
+    def test_a_payload_can_be_used_again(self, model, plan, prompts):
+        payload = PrefillStage(model, plan)(*prompts)
+        before = payload.to_bytes()
+        decode = DecodeStage(model, plan)
+        sequences = decode.generate(payload, max_new_tokens=5)
+        assert payload.to_bytes() == before
+        assert torch.equal(decode.generate(payload, max_new_tokens=5), sequences)
+
+    def test_returns_a_tensor_in_any_case(self, model, plan, prompts):
+        payload = PrefillStage(model, plan)(*prompts)
+        sequences = DecodeStage(model, plan).generate(payload, max_new_tokens=5, return_dict_in_generate=True)
+        assert torch.equal(sequences, DecodeStage(model, plan).generate(payload, max_new_tokens=5))
+
+    def test_leaves_no_hooks_and_no_bypass(self, model, prompts):
+        plan = PruningPlan.empty(model, decode=StagePlan((1,)), kv=KV)
+        modules = list(model.modules())
+        hand_over(model, plan, prompts, max_new_tokens=3)
+        assert list(model.modules()) == modules
+        assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+
+
+class TestExportedPair:
+    @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+    def test_equals_the_views_of_the_dense_model(self, tiny_model, architecture, exported, batch):
+        model = tiny_model(architecture)
+        plan = PruningPlan.empty(model, prefill=StagePlan((1,)), decode=StagePlan((1, 4), ((2, 3),)), kv=KV)
+        prefill, decode = (exported(model, plan, stage) for stage in ("prefill", "decode"))
+        prompts = batch["prompt_ids"], batch["prompt_mask"]
+        settings = {"max_new_tokens": 8, "do_sample": False}
+        sent = PrefillStage(prefill, plan)(*prompts)
+        wire = sent.to_bytes()
+        sequences = DecodeStage(decode, plan).generate(KVPayload.from_bytes(wire), **settings)
+        assert torch.equal(sequences, hand_over(model, plan, prompts, **settings))
+        # One of them a view, the other a checkpoint.
+        payload = PrefillStage(model, plan)(*prompts)
+        assert torch.equal(DecodeStage(decode, plan).generate(payload, **settings), sequences)
+        if architecture != "gemma2":  # how much of the dense model slides is more than its checkpoint knows
+            assert payload.to_bytes() == wire
+        for block, pair in payload.entries.items():
+            assert all(torch.equal(a, b) for a, b in zip(pair, sent.entries[block], strict=True))
+
+
+class TestForeignPayloads:
+    def test_another_plan(self, model, plan, prompts, batch):
+        other = PruningPlan.empty(model, kv=KVPlan((0, 1, 3, 5), 2, 5))
+        payload = PrefillStage(model, other)(*prompts)
+        with pytest.raises(PayloadError, match="decode runs plan"):
+            DecodeStage(model, plan).generate(payload, max_new_tokens=3)
+        with pytest.raises(PayloadError, match="decode runs plan"):
+            DecodeStage(model, plan).forward(payload, batch["completion_ids"], batch["completion_mask"])
+
+    def test_another_model(self, model, plan, prompts, batch, tiny_model):
+        payload = PrefillStage(tiny_model("llama", seed=1), plan)(*prompts)
+        with pytest.raises(PayloadError, match="another model"):
+            DecodeStage(model, plan).generate(payload, max_new_tokens=3)
+        with pytest.raises(PayloadError, match="another model"):
+            DecodeStage(model, plan).forward(payload, batch["completion_ids"], batch["completion_mask"])
+
+    def test_no_first_token(self, model, plan, prompts):
+        payload = PrefillStage(model, plan).forward(*prompts)
+        with pytest.raises(PayloadError, match="no first token"):
+            DecodeStage(model, plan).generate(payload, max_new_tokens=3)
+
+    def test_missing_block(self, model, plan, prompts):
+        payload = PrefillStage(model, plan)(*prompts)
+        del payload.entries[3]
+        with pytest.raises(PayloadError, match="block 3"):
+            DecodeStage(model, plan).generate(payload, max_new_tokens=3)

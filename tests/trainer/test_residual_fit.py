@@ -1,0 +1,92 @@
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from hf_pdprune.adapters import active_adapter
+from hf_pdprune.blocks import bypass_blocks
+from hf_pdprune.trainer import ResidualFit
+
+
+def adapted(model, rank=64):
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config, adapter_name="stage").eval()
+
+
+def hidden_states(model, ids, missing, adapter):
+    with torch.no_grad(), bypass_blocks(model, missing), active_adapter(model, adapter):
+        return model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states[-1]
+
+
+@pytest.fixture
+def ids():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, 250, (24, 32), generator=generator)
+
+
+@pytest.mark.parametrize("missing", [(2,), (2, 3), (0,), (5,), (0, 3, 5)], ids=str)
+def test_hidden_states_come_nearer_to_the_dense_models(tiny_llama, ids, missing):
+    model = adapted(tiny_llama)
+    dense = hidden_states(model, ids, (), None)
+    before = (hidden_states(model, ids, missing, None) - dense).pow(2).mean()
+    left = ResidualFit(model, ids.split(8)).fit(missing, "stage")
+    after = (hidden_states(model, ids, missing, "stage") - dense).pow(2).mean()
+    assert after < 0.8 * before
+    assert all(0 <= value < 1 for value in left.values())
+
+
+def test_where_nothing_is_missing_nothing_changes(tiny_llama, ids):
+    silent = tiny_llama.model.layers[2]  # adds nothing to the hidden states
+    silent.self_attn.o_proj.weight.data.zero_()
+    silent.mlp.down_proj.weight.data.zero_()
+    model = adapted(tiny_llama)
+    left = ResidualFit(model, ids.split(8)).fit((2,), "stage")
+    assert set(left) == {1, 3, 4, 5}
+    dense = hidden_states(model, ids, (), None)
+    torch.testing.assert_close(hidden_states(model, ids, (2,), "stage"), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_weights_and_other_adapters_stay(tiny_llama, ids):
+    model = adapted(tiny_llama, rank=4)
+    model.add_adapter("other", LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if ".stage." not in name}
+    ResidualFit(model, ids.split(8)).fit((3,), "stage")
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name]), name
+
+
+def test_no_missing_block_leaves_the_adapter_as_it_is(tiny_llama, ids):
+    model = adapted(tiny_llama, rank=4)
+    before = hidden_states(model, ids, (), "stage")
+    assert ResidualFit(model, ids.split(8)).fit((), "stage") == {}
+    assert torch.equal(hidden_states(model, ids, (), "stage"), before)
+
+
+def test_a_higher_rank_leaves_less(tiny_model, ids):
+    left = {}
+    for rank in (2, 16):
+        fit = ResidualFit(adapted(tiny_model("llama"), rank), ids.split(8)).fit((2, 3), "stage")
+        left[rank] = fit[1]
+    assert left[16] < left[2]
+
+
+def test_more_ridge_moves_less(tiny_model, ids):
+    left = [
+        ResidualFit(adapted(tiny_model("llama")), ids.split(8), ridge=ridge).fit((2, 3), "stage")[1]
+        for ridge in (1e-3, 10.0)
+    ]
+    assert left[0] < left[1]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen3"])
+def test_the_layer_that_writes_into_the_residual_stream_is_found(tiny_model, ids, name):
+    model = adapted(tiny_model(name), rank=8)
+    assert set(ResidualFit(model, ids.split(8)).fit((3,), "stage")) == {2, 4, 5}
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2"])
+def test_blocks_with_a_norm_behind_the_mlp_are_left_to_training(tiny_model, ids, name):
+    model = adapted(tiny_model(name), rank=8)
+    before = hidden_states(model, ids, (3,), "stage")
+    assert ResidualFit(model, ids.split(8)).fit((3,), "stage") == {}
+    assert torch.equal(hidden_states(model, ids, (3,), "stage"), before)
