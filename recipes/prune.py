@@ -25,7 +25,14 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.blocks import num_blocks
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
-from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, compare_quality, write_report, write_results
+from hf_pdprune.evaluation import (
+    BenchmarkConfig,
+    SpeedBenchmark,
+    compare_quality,
+    read_results,
+    write_report,
+    write_results,
+)
 from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
@@ -324,6 +331,11 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         write_results(folder, results)
         run.done("results", measured)
     print(write_report(folder))
+    sample = read_results(folder)["sample"]
+    print(f"""
+{sample["prompt"]} ...
+  dense:  {sample["dense"]!r}
+  pruned: {sample["pruned"]!r}""")
     print(f"""
 Next:
   cat {folder}/report.md

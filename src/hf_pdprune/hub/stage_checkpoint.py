@@ -55,13 +55,11 @@ def build_stage(
 
 def _check_tied_weights(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> None:
     """Raises a `ValueError` where an adapter has changed one of two tied weights: a checkpoint holds only one."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    plain = {name.replace(".base_layer.", "."): name for name in names}
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     groups: dict[int, list[str]] = {}
-    for name, own in plain.items():
-        if name in state_dict:
-            groups.setdefault(id(parameters[own]), []).append(name)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        name = name.replace(".base_layer.", ".")
+        if name in state_dict:  # else it belongs to an adapter
+            groups.setdefault(id(parameter), []).append(name)
     for first, *others in groups.values():
         for name in others:
             if state_dict[name].data_ptr() != state_dict[first].data_ptr():
@@ -152,6 +150,7 @@ def export_stages(
         for stage, folder in folders.items():
             stage_model = build_stage(model, plan, stage, adapters.get(stage), fingerprint)
             _write_stage(swap, folder, stage_model, plan, tokenizer)
+            del stage_model  # before the merged weights of the next one are made
         with naming_folder(output_dir):
             plan.save_pretrained(output_dir)
     return output_dir
