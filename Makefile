@@ -43,7 +43,7 @@ $(STAMP): setup.py constraints.txt
 demo: setup ## prune SmolLM2-135M end to end on the CPU
 	@set -e; \
 	model="$$($(BIN)/python $(RECIPE)/get_model.py)"; \
-	$(BIN)/accelerate launch --config_file recipes/accelerate_configs/cpu.yaml \
+	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate_configs/cpu.yaml \
 		--num_cpu_threads_per_process "$(THREADS)" \
 		recipes/prune.py --config $(RECIPE)/demo.yaml --model_name_or_path "$$model"
 

@@ -51,7 +51,7 @@ def test_one_shot_and_end_group_take_what_they_say(objective):
 
 
 def test_random_blocks_depend_on_the_seed_alone(objective):
-    plans = [random_blocks(objective, REMOVABLE, SearchConfig(2, 3, seed=seed)) for seed in (0, 0, 1, 2, 3)]
+    plans = [random_blocks(objective, REMOVABLE, SearchConfig(2, 3, search_seed=seed)) for seed in (0, 0, 1, 2, 3)]
     assert plans[0] == plans[1] and len({plan.decode for plan in plans}) > 1
     assert all(len(plan.prefill.removed_blocks) == 2 and len(plan.decode.removed_blocks) == 3 for plan in plans)
 

@@ -156,6 +156,29 @@ def test_options_of_the_loss_are_read(tiny_model, plan, rows, tmp_path, tiny_tok
     assert first_loss(token_aware_distillation=False) != pytest.approx(default, rel=1e-4)
 
 
+def test_closed_form_start_brings_the_pair_nearer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+    options = {"local_distillation_tokens": 384, "local_distillation_rank": 7, "lora_rank": 4}
+    trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, **options)
+    down_proj = trainer.model.base_model.model.model.layers[1].mlp.down_proj
+    assert down_proj.r == {"prefill": 7, "decode": 7}
+    assert trainer.model.base_model.model.model.layers[1].mlp.up_proj.r == {"prefill": 4, "decode": 4}
+    before = trainer.evaluate()["eval_loss"]
+    trainer.fit_residuals(384)
+    assert trainer.evaluate()["eval_loss"] < before
+
+
+@pytest.mark.parametrize("tokens", [0, 384])
+def test_training_starts_from_the_closed_form_where_it_is_asked_for(
+    tiny_llama, plan, rows, tmp_path, tiny_tokenizer, tokens
+):
+    options = {"local_distillation_tokens": tokens, "learning_rate": 0.0, "max_steps": 1}
+    trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, **options)
+    trainer.train()
+    changed = [name for name, p in adapters_of(trainer).items() if "lora_B" in name and p.abs().sum() > 0]
+    assert bool(changed) == bool(tokens)
+    assert all(".down_proj." in name for name in changed)
+
+
 def test_lora_options_are_read(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, lora_rank=3, lora_alpha=7)
     config = trainer.model.peft_config["decode"]

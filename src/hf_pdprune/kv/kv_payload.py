@@ -302,4 +302,4 @@ def _entries_by_block(
             entries[int(block)] = (keys, values)
     if len(tensors) != 2 * len(entries):
         raise PayloadError("the payload has values without keys")
-    return dict(sorted(entries.items()))
+    return entries

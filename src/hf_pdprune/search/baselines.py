@@ -21,7 +21,7 @@ def one_shot(objective: Objective, removable: Sequence[int], config: SearchConfi
 
 def random_blocks(objective: Objective, removable: Sequence[int], config: SearchConfig) -> PruningPlan:
     """Blocks drawn by the seed."""
-    drawn = random.Random(f"{config.seed} random").sample(sorted(removable), config.num_decode_blocks)
+    drawn = random.Random(f"{config.search_seed} random").sample(sorted(removable), config.num_decode_blocks)
     return with_removed(objective.dense_plan, drawn[: config.num_prefill_blocks], drawn)
 
 

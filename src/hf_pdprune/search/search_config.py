@@ -34,7 +34,7 @@ class SearchConfig:
             `"annealing"` (from what greedy finds), `"greedy"` (SLEB: one block after the other), `"one_shot"`
             (ShortGPT: the most redundant ones), `"contiguous"` (the best run of neighbours), `"end_group"` (Shortened
             LLaMA: the last ones) or `"random"`.
-        seed (`int`, *optional*, defaults to `0`):
+        search_seed (`int`, *optional*, defaults to `0`):
             Seed of everything random.
         annealing_budget (`float`, *optional*):
             Dense forwards over the calibration set that annealing may spend after its start. Default: as many as the
@@ -81,7 +81,7 @@ class SearchConfig:
     strategy: str = field(
         default="annealing", metadata={"help": "How blocks are chosen.", "choices": list(STRATEGIES)}
     )
-    seed: int = field(default=0, metadata={"help": "Seed of everything random in the search."})
+    search_seed: int = field(default=0, metadata={"help": "Seed of everything random in the search."})
     annealing_budget: float | None = field(
         default=None,
         metadata={

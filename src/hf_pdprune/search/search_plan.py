@@ -127,7 +127,7 @@ def _choose_blocks(
 
     def anneal(start: PruningPlan, name: str, budget: int) -> PruningPlan:
         temperatures = config.initial_temperature, config.final_temperature
-        search = AnnealingSearch(objective, Moves(removable), f"{config.seed} {name}", *temperatures, name)
+        search = AnnealingSearch(objective, Moves(removable), f"{config.search_seed} {name}", *temperatures, name)
         return search.run(start, budget)
 
     cost, annealing_cost = objective.cost, 0

@@ -47,7 +47,7 @@ class TokenAwareBlocks:
         if self.config.token_aware_criterion == "attention_mass":
             return self._with_blocks(plan, self._least_attention_outside(candidates)[:count])
         if self.config.token_aware_criterion == "random":
-            return self._with_blocks(plan, random.Random(f"{self.config.seed} random").sample(candidates, count))
+            return self._with_blocks(plan, random.Random(f"{self.config.search_seed} random").sample(candidates, count))
         spent = self.objective.cost.block_tokens
         if count <= len(candidates) / 2:
             plan = self._add_blocks(self._with_blocks(plan, ()), candidates, count)
@@ -128,7 +128,7 @@ class TokenAwareBlocks:
         search = AnnealingSearch(
             self.objective,
             swap,
-            f"{config.seed} token-aware",
+            f"{config.search_seed} token-aware",
             config.initial_temperature,
             config.final_temperature,
             "Annealing, token-aware blocks",

@@ -32,6 +32,8 @@ class PDPruneConfig(SFTConfig):
         local_distillation_tokens (`int`, *optional*, defaults to `8192`):
             Training tokens on which each stage's adapter is fitted in closed form before the first step (see
             [`ResidualFit`]); 0 leaves that out.
+        local_distillation_rank (`int`, *optional*, defaults to `256`):
+            Rank of the adapter in the layers that are fitted (the last linear layer of each block).
         lora_rank (`int`, *optional*, defaults to `32`):
             Rank of each stage's adapter, where no `peft_config` is given.
         lora_alpha (`int`, *optional*, defaults to `64`):
@@ -68,6 +70,9 @@ class PDPruneConfig(SFTConfig):
             "help": "Training tokens on which adapters are fitted in closed form before the first step; 0: none."
         },
     )
+    local_distillation_rank: int = field(
+        default=256, metadata={"help": "Rank of the adapter in the layers that are fitted in closed form."}
+    )
     lora_rank: int = field(
         default=32, metadata={"help": "Rank of each stage's adapter, where no peft_config is given."}
     )
@@ -90,7 +95,7 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"distillation_temperature must be positive, got {self.distillation_temperature}")
         if self.local_distillation_tokens < 0:
             raise ValueError(f"local_distillation_tokens must not be negative, got {self.local_distillation_tokens}")
-        for name in ("lora_rank", "lora_alpha"):
+        for name in ("local_distillation_rank", "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.gradient_checkpointing:

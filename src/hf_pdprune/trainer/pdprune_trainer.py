@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..adapters import adapter_parameters
-from ..blocks import blocks_path
+from ..blocks import blocks_path, get_blocks
 from ..data import PromptCompletionCollator
 from ..hub import export_stages
 from ..inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
@@ -25,7 +25,7 @@ from ..plan import PruningPlan
 from .callbacks import BlockRemovalCallback
 from .losses import DISTILLATION_LOSSES, mean_over_labels
 from .pdprune_config import PDPruneConfig
-from .residual_fit import ResidualFit
+from .residual_fit import ResidualFit, last_linear
 
 
 STAGES = ("prefill", "decode")
@@ -99,10 +99,15 @@ class PDPruneTrainer(SFTTrainer):
         """The model with one adapter per stage, both of which learn."""
         torch.manual_seed(args.seed)
         path = blocks_path(model)
+        fitted = last_linear(get_blocks(model)[0]) if args.local_distillation_tokens else None
         for stage in STAGES:
             config = peft_config or LoraConfig(
                 r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
+            if peft_config is None and fitted is not None:
+                rank = args.local_distillation_rank
+                config.rank_pattern = {fitted: rank}
+                config.alpha_pattern = {fitted: rank * args.lora_alpha / args.lora_rank}  # the same scaling
             missing = self.plan.stage(stage).missing_blocks
             if peft_config is None and missing:
                 numbers = "|".join(map(str, missing))

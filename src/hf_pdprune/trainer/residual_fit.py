@@ -10,6 +10,7 @@ from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from ..adapters import active_adapter, adapter_layers
 from ..blocks import bypass_blocks, get_blocks
@@ -152,6 +153,12 @@ class ResidualFit:
             finally:
                 handle.remove()
         return outputs[0]
+
+
+def last_linear(block: nn.Module) -> str | None:
+    """Name, within a block, of its last linear layer: the one that is fitted, if it can be."""
+    names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    return names[-1] if names else None
 
 
 @contextmanager
