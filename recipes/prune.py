@@ -33,7 +33,7 @@ from hf_pdprune.evaluation import (
     write_report,
     write_results,
 )
-from hf_pdprune.hub import load_stages
+from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
@@ -329,6 +329,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}
         write_results(folder, results)
+        write_model_cards(folder, results)
         run.done("results", measured)
     print(write_report(folder))
     sample = read_results(folder)["sample"]

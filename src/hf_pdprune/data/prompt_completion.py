@@ -130,7 +130,7 @@ class PromptCompletionCollator:
         length = len(labels)
         if length < 2:
             raise ValueError("a row of one token cannot be cut into prompt and completion")
-        draw = zlib.crc32(repr((self.seed, list(row["input_ids"]))).encode()) / 2**32
+        draw = zlib.crc32(repr((self.seed, [int(token) for token in row["input_ids"]])).encode()) / 2**32
         return min(max(1, round(length * (0.25 + 0.5 * draw))), length - 1)
 
 

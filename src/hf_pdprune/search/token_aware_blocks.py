@@ -47,7 +47,8 @@ class TokenAwareBlocks:
         if self.config.token_aware_criterion == "attention_mass":
             return self._with_blocks(plan, self._least_attention_outside(candidates)[:count])
         if self.config.token_aware_criterion == "random":
-            return self._with_blocks(plan, random.Random(f"{self.config.search_seed} random").sample(candidates, count))
+            rng = random.Random(f"{self.config.search_seed} random")
+            return self._with_blocks(plan, rng.sample(candidates, count))
         spent = self.objective.cost.block_tokens
         if count <= len(candidates) / 2:
             plan = self._add_blocks(self._with_blocks(plan, ()), candidates, count)
