@@ -10,7 +10,10 @@ into `output_dir` and is skipped where that is there already: an interrupted run
 
 import json
 import os
+import shutil
 import sys
+import warnings
+import zlib
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,6 +40,7 @@ from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
+from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 
@@ -100,6 +104,14 @@ class PruneArguments:
     overwrite: bool = field(default=False, metadata={"help": "Start anew where output_dir holds another run."})
 
 
+# What each step leaves in output_dir, in the order of the steps.
+FILES_OF_STEP = {
+    "plan": ("block_statistics.json", PLAN_FILE_NAME, JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME),
+    "stages": ("checkpoints", "prefill", "decode", "distillation.json"),
+    "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
+}
+
+
 class Artefacts:
     """
     The files of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
@@ -130,12 +142,24 @@ class Artefacts:
                 f"{self.folder} holds a run with {key}={recorded.get(key)!r}, not {settings[key]!r}: choose another "
                 "--output_dir, or --overwrite true"
             )
-        order = list(self.steps)
-        self.steps = {name: self.steps[name] for name in order[: order.index(step)]}
+        self._forget(step)
         return False
 
+    def _forget(self, step: str) -> None:
+        """Removes what `step` and those after it have made."""
+        order = list(FILES_OF_STEP)
+        for name in order[order.index(step) :]:
+            self.steps.pop(name, None)
+            for file in FILES_OF_STEP[name]:
+                path = self.folder / file
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        write_json(self.path, self.steps)
+
     def done(self, step: str, settings: dict[str, Any]) -> None:
-        """Records that `step` is done. What follows from it is done anew."""
+        """Records that `step` is done with these settings."""
         self.steps[step] = settings
         write_json(self.path, self.steps)
 
@@ -216,10 +240,11 @@ def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: PruningPlan,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint."""
+    """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint of `settings`."""
     folder = Path(training_args.output_dir)
-    checkpoints = folder / "checkpoints"
+    checkpoints = folder / "checkpoints" / f"{zlib.crc32(json.dumps([plan.digest, settings]).encode()):08x}"
     trainer = PDPruneTrainer(
         model,
         plan,
@@ -238,6 +263,18 @@ def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def check_plan_there(folder: Path, args: PruneArguments, config: SearchConfig) -> None:
+    """Raises a `ValueError` unless the plan in the folder, if any, is of this run (stopped before it was recorded)."""
+    if not (folder / PLAN_FILE_NAME).exists():
+        return
+    there = PruningPlan.from_pretrained(folder)
+    own = there.provenance.get("config") == asdict(config)
+    if args.plan is not None:
+        own = there.digest == PruningPlan.from_pretrained(args.plan).digest
+    if not own:
+        raise ValueError(f"{folder} holds another plan ({there.digest[:8]}): choose another --output_dir")
 
 
 def search(
@@ -295,8 +332,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
     searched |= asdict(config)
     if not run.is_done("plan", searched):
-        if (folder / PLAN_FILE_NAME).exists() and "plan" not in run.steps and not args.overwrite:
-            raise ValueError(f"{folder} holds a plan that another run has made: choose another --output_dir")
+        check_plan_there(folder, args, config)
         search(args, config, model, tokenizer, folder)
         run.done("plan", searched)
     plan = PruningPlan.from_pretrained(folder)
@@ -304,7 +340,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     trained = {key: own[key] for key in own if key.startswith("train_")}
     trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
     if not run.is_done("stages", trained):
-        write_json(folder / "distillation.json", train(args, training_args, model, tokenizer, plan))
+        write_json(folder / "distillation.json", train(args, training_args, model, tokenizer, plan, trained))
         run.done("stages", trained)
         del model  # it carries adapters now
         model, _ = load_model(args)
@@ -345,6 +381,8 @@ Next:
 
 
 if __name__ == "__main__":
+    # trl and peft still use the old name of activation_checkpointing.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     try:
         main(*TrlParser((PruneArguments, SearchConfig, PDPruneConfig)).parse_args_and_config())
     except (ValueError, OSError, SafetensorError) as error:

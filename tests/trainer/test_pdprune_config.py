@@ -16,7 +16,7 @@ OWN_FIELDS = [
 @pytest.mark.parametrize("option", OWN_FIELDS, ids=lambda f: f.name)
 def test_every_option_is_documented_twice(option):
     assert option.metadata["help"]
-    assert f"{option.name} (`" in PDPruneConfig.__doc__ or option.name == "gradient_checkpointing"
+    assert f"{option.name} (`" in PDPruneConfig.__doc__ or option.name == "activation_checkpointing"
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,11 @@ def test_every_option_is_documented_twice(option):
         ("removal_fraction", 1.5),
         ("distillation_loss", "mse"),
         ("distillation_temperature", 0.0),
+        ("local_distillation_tokens", -1),
+        ("local_distillation_rank", 0),
         ("lora_rank", 0),
         ("lora_alpha", 0),
-        ("gradient_checkpointing", True),
+        ("activation_checkpointing", True),
         ("padding_free", True),
     ],
 )

@@ -13,7 +13,7 @@ class PDPruneConfig(SFTConfig):
     """
     Options of [`PDPruneTrainer`], beside those of [`~trl.SFTConfig`] and [`~transformers.TrainingArguments`].
 
-    Some defaults differ from trl's: `learning_rate` is that of LoRA, `gradient_checkpointing` is off (recomputing a
+    Some defaults differ from trl's: `learning_rate` is that of LoRA, `activation_checkpointing` is off (recomputing a
     block would append to its KV cache twice), and `bf16` is on only where the device is good at it (on CPUs without
     AMX it is 6 to 30 times slower than float32).
 
@@ -41,7 +41,7 @@ class PDPruneConfig(SFTConfig):
     """
 
     learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate for AdamW."})
-    gradient_checkpointing: bool = field(
+    activation_checkpointing: bool | None = field(
         default=False,
         metadata={"help": "Must stay off: recomputing a block would append to its KV cache twice."},
     )
@@ -98,9 +98,9 @@ class PDPruneConfig(SFTConfig):
         for name in ("local_distillation_rank", "lora_rank", "lora_alpha"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.gradient_checkpointing:
+        if self.activation_checkpointing:
             raise ValueError(
-                "gradient_checkpointing is not supported: recomputing a block would append to its KV cache twice"
+                "activation_checkpointing is not supported: recomputing a block would append to its KV cache twice"
             )
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise ValueError(

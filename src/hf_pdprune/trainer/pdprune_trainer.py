@@ -1,5 +1,6 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
+import copy
 import os
 import re
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ class PDPruneTrainer(SFTTrainer):
         path = blocks_path(model)
         fitted = last_linear(get_blocks(model)[0]) if args.local_distillation_tokens else None
         for stage in STAGES:
-            config = peft_config or LoraConfig(
+            config = copy.deepcopy(peft_config) or LoraConfig(
                 r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
             if peft_config is None and fitted is not None:
@@ -126,7 +127,8 @@ class PDPruneTrainer(SFTTrainer):
                 parameter.requires_grad_(True)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        if not resume_from_checkpoint and self.args.local_distillation_tokens:
+        is_lora = all(isinstance(config, LoraConfig) for config in self.model.peft_config.values())
+        if is_lora and not resume_from_checkpoint and self.args.local_distillation_tokens:
             self.fit_residuals(self.args.local_distillation_tokens)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -1,0 +1,213 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+from trl import TrlParser
+
+from hf_pdprune import PruningPlan
+from hf_pdprune.evaluation import read_results
+from hf_pdprune.hub import load_stages
+
+
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "recipes" / "smollm2-135m" / "demo.yaml"
+
+
+@pytest.fixture(scope="module")
+def prune():
+    spec = importlib.util.spec_from_file_location("prune", ROOT / "recipes" / "prune.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["prune"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["prune"]
+
+
+@pytest.fixture
+def options(tiny_llama, tiny_tokenizer, tmp_path):
+    """A run on a tiny model, from its beginning to its end."""
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    words = "the quick brown fox jumps over the lazy dog while an old cat sleeps under a warm red stone wall ".split()
+    rows = [{"text": " ".join(words[(i * j) % len(words)] for j in range(1, 60))} for i in range(1, 25)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = str(tmp_path / "text.jsonl")
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "base_model": "tiny/llama",
+        "output_dir": str(tmp_path / "run"),
+        "num_prefill_blocks": 1,
+        "num_decode_blocks": 2,
+        "num_token_aware_blocks": 2,
+        "distillation_threshold": -1.0,
+        "first_tokens": 2,
+        "last_tokens": 6,
+        "calibration_dataset": text,
+        "calibration_examples": 4,
+        "calibration_prompt_tokens": 24,
+        "calibration_completion_tokens": 17,
+        "kv_calibration_examples": 4,
+        "kv_calibration_prompt_tokens": 40,
+        "train_dataset": text,
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "max_length": 48,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "local_distillation_tokens": 384,
+        "local_distillation_rank": 8,
+        "lora_rank": 4,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "validation_dataset": text,
+        "validation_examples": 4,
+        "validation_prompt_tokens": 40,
+        "validation_completion_tokens": 8,
+        "benchmark_prompt_tokens": 64,
+        "sample_prompt": "the quick",
+        "sample_tokens": 4,
+    }
+
+
+def run(prune, options, **changes):
+    parser = TrlParser((prune.PruneArguments, prune.SearchConfig, prune.PDPruneConfig))
+    arguments = []
+    for name, value in {**options, **changes}.items():
+        arguments += [f"--{name}", str(value)]
+    prune.main(*parser.parse_args_and_config(arguments))
+
+
+def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, capsys, monkeypatch):
+    run(prune, options)
+    folder = tmp_path / "run"
+    plan = PruningPlan.from_pretrained(folder)
+    assert (plan.base_model, len(plan.decode.missing_blocks)) == ("tiny/llama", 2)
+    results = read_results(folder)
+    for part in ("quality", "quality_all_tokens"):
+        assert set(results[part]) == {"dense", "unhealed", "healed"}
+        assert results[part]["dense"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert {"ttft_ratio", "tpot_ratio", "prefill_share_removed", "decode_share_removed"} <= set(results["speed"])
+    assert {"prompt_tokens", "bytes_dense", "bytes_sent", "ratio"} <= set(results["kv"])
+    assert results["handover"]["nbytes"] > 0
+    for name in ("block_statistics.json", "report.md", "pruning_plan.png", "decode/README.md"):
+        assert (folder / name).is_file(), name
+    assert AutoModelForCausalLM.from_pretrained(folder / "decode").config.num_hidden_layers == 4
+    assert "KL to dense" in capsys.readouterr().out
+
+    def not_again(*args, **kwargs):
+        raise AssertionError("a finished step was done again")
+
+    for step in ("search", "train", "compare_quality", "handover_between_processes"):
+        monkeypatch.setattr(prune, step, not_again)
+    run(prune, options)
+    assert "KL to dense" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="num_decode_blocks=2, not 3"):
+        run(prune, options, num_decode_blocks=3)
+    load_stages(folder)  # nothing of it was touched
+
+
+def test_an_interrupted_training_goes_on(prune, options, tmp_path, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune.PDPruneTrainer, "save_model", _first(prune.PDPruneTrainer.save_model, interrupted))
+        with pytest.raises(KeyboardInterrupt):
+            run(prune, options)
+    assert not (tmp_path / "run" / "decode").exists()
+    monkeypatch.setattr(prune, "search", None)  # the plan is there
+    (checkpoints,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert prune.last_complete_checkpoint(checkpoints).endswith("checkpoint-2")
+    run(prune, options)
+    assert json.loads((tmp_path / "run" / "distillation.json").read_text())["steps"] == 2
+
+
+def _first(save_model, interrupted):
+    """Checkpoints are saved; saving the stages is what is interrupted."""
+
+    def save(self, output_dir=None, _internal_call=False):
+        return (save_model if _internal_call else interrupted)(self, output_dir, _internal_call=_internal_call)
+
+    return save
+
+
+def test_half_written_checkpoints_are_passed_over(prune, tmp_path):
+    assert prune.last_complete_checkpoint(tmp_path) is None
+    for step, text in ((1, '{"global_step": 1}'), (9, '{"global_st')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    (tmp_path / "checkpoint-11").mkdir()
+    assert prune.last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_prefill_blocks": 6, "num_decode_blocks": 6}, "num_prefill_blocks is 6"),
+        ({"num_prefill_blocks": 2, "num_decode_blocks": 1}, "num_decode_blocks"),
+        ({"benchmark_prompt_tokens": 5000}, "benchmark_prompt_tokens is too long"),
+        ({"validation_prompt_tokens": 5000}, "validation_prompt_tokens is too long"),
+        ({"no_such_key": 1}, "no_such_key"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_an_error_before_anything_is_written(prune, options, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run(prune, options, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_text_is_an_error_that_names_the_file(prune, options, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl"):
+        run(prune, options, calibration_dataset=str(tmp_path / "empty.jsonl"))
+    assert not (tmp_path / "run" / "pruning_plan.json").exists()
+
+
+def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, tmp_path):
+    path = PruningPlan.empty(tiny_llama, "other").save_pretrained(tmp_path / "run")
+    before = path.read_text()
+    with pytest.raises(ValueError, match="holds another plan"):
+        run(prune, options)
+    assert path.read_text() == before
+
+
+def test_overwrite_forgets_what_follows(prune, tmp_path):
+    artefacts = prune.Artefacts(tmp_path, overwrite=False)
+    artefacts.done("plan", {"blocks": 1})
+    artefacts.done("stages", {"rate": 2})
+    assert prune.Artefacts(tmp_path, overwrite=False).is_done("stages", {"rate": 2})
+    with pytest.raises(ValueError, match="blocks=1, not 3"):
+        prune.Artefacts(tmp_path, overwrite=False).is_done("plan", {"blocks": 3})
+    for name in ("pruning_plan.json", "results.json", "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "decode").mkdir()
+    anew = prune.Artefacts(tmp_path, overwrite=True)
+    assert not anew.is_done("plan", {"blocks": 3})
+    assert not anew.is_done("stages", {"rate": 2})
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "run.json"}
+
+
+def test_every_key_of_the_demo_is_known(prune):
+    parser = TrlParser((prune.PruneArguments, prune.SearchConfig, prune.PDPruneConfig))
+    args, search, training = parser.parse_args_and_config(["--config", str(DEMO)])
+    written = yaml.safe_load(DEMO.read_text())
+    assert search.num_decode_blocks == written["num_decode_blocks"]
+    assert training.max_steps == written["max_steps"]
+
+
+@pytest.mark.parametrize("recipe", ["prune.py", "benchmark.py"])
+def test_help_helps(recipe):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / recipe), "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert "prompt_tokens" in result.stdout
