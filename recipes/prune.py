@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import warnings
 import zlib
 from contextlib import suppress
@@ -252,10 +253,12 @@ def train(
         train_dataset=load_text(args.train_dataset, args.train_split, subset=args.train_subset),
         processing_class=tokenizer,
     )
+    begun = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    seconds = time.perf_counter() - begun
     trainer.save_model(str(folder))
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": result.global_step, "seconds": round(result.metrics["train_runtime"], 1), "losses": losses}
+    return {"steps": result.global_step, "seconds": round(seconds, 1), "losses": losses}
 
 
 def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:

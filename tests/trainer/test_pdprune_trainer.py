@@ -124,6 +124,17 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, plan, rows, tmp_p
         torch.testing.assert_close(actual[name], expected[name])
 
 
+def test_a_finished_training_is_not_trained_further(tiny_model, plan, rows, tmp_path, tiny_tokenizer):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tiny_model("llama"), plan, rows, tmp_path, tiny_tokenizer, **options)
+    whole.train()
+    again = make_trainer(tiny_model("llama"), plan, rows, tmp_path, tiny_tokenizer, **options)
+    assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 3
+    expected, actual = adapters_of(whole), adapters_of(again)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
 def test_checkpoints_hold_adapters_and_plan_but_not_the_dense_weights(
     tiny_llama, plan, rows, tmp_path, tiny_tokenizer
 ):

@@ -70,6 +70,11 @@ def test_a_higher_rank_leaves_less(tiny_model, ids):
     assert left[16] < left[2]
 
 
+def test_a_rank_beyond_the_layers_size_is_as_good_as_the_full_one(tiny_model, ids):
+    left = [ResidualFit(adapted(tiny_model("llama"), r), ids.split(8)).fit((2, 3), "stage")[1] for r in (64, 100)]
+    assert left[0] == pytest.approx(left[1], rel=1e-4)
+
+
 def test_more_ridge_moves_less(tiny_model, ids):
     left = [
         ResidualFit(adapted(tiny_model("llama")), ids.split(8), ridge=ridge).fit((2, 3), "stage")[1]

@@ -12,8 +12,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.modeling_outputs import CausalLMOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
@@ -106,7 +108,7 @@ class PDPruneTrainer(SFTTrainer):
                 r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
             if peft_config is None and fitted is not None:
-                rank = args.local_distillation_rank
+                rank = min(args.local_distillation_rank, model.config.get_text_config().hidden_size)
                 config.rank_pattern = {fitted: rank}
                 config.alpha_pattern = {fitted: rank * args.lora_alpha / args.lora_rank}  # the same scaling
             missing = self.plan.stage(stage).missing_blocks
@@ -126,7 +128,14 @@ class PDPruneTrainer(SFTTrainer):
             for parameter in adapter_parameters(model, stage).values():
                 parameter.requires_grad_(True)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        if isinstance(resume_from_checkpoint, str):
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+            if state.global_step >= steps:  # Trainer would do one step more
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         is_lora = all(isinstance(config, LoraConfig) for config in self.model.peft_config.values())
         if is_lora and not resume_from_checkpoint and self.args.local_distillation_tokens:
             self.fit_residuals(self.args.local_distillation_tokens)

@@ -111,8 +111,9 @@ class ResidualFit:
         down = (solution @ leading).T / layer.scaling[adapter]
         # The same product, shared out evenly: gradients of both factors are then of about one size.
         balance = (down.norm() / leading.norm()).sqrt() if down.any() else torch.ones_like(down[0, 0])
-        layer.lora_A[adapter].weight.copy_(down / balance)
-        layer.lora_B[adapter].weight.copy_(leading * balance)
+        # A rank beyond the layer's output size has nothing to fit; what is left of it starts as LoRA does.
+        layer.lora_A[adapter].weight[: len(down)].copy_(down / balance)
+        layer.lora_B[adapter].weight[:, : len(down)].copy_(leading * balance)
         low_rank = solution @ leading @ leading.T
         explained = (2 * (cross * low_rank).sum() - (low_rank * (gram @ low_rank)).sum()).item()
         return 1 - explained / error if error else 0.0
