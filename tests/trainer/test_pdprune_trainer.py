@@ -99,14 +99,19 @@ def test_saved_stages_are_what_was_trained(tiny_llama, plan, rows, tmp_path, tin
 def test_gradient_accumulation_of_eight_ones_is_one_eight(tiny_model, plan, rows, tmp_path, tiny_tokenizer):
     runs = []
     for batch_size, accumulation in ((8, 1), (1, 8)):
-        options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        # SGD: Adam makes a full step of a gradient that is rounding alone.
+        options = {
+            "per_device_train_batch_size": batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "optim": "sgd",
+        }
         trainer = make_trainer(tiny_model("llama"), plan, rows, tmp_path, tiny_tokenizer, max_steps=2, **options)
         trainer.train()
         runs.append((losses(trainer), adapters_of(trainer)))
     (one_loss, one), (eight_loss, eight) = runs
     assert one_loss == pytest.approx(eight_loss, rel=1e-4)
     for name in one:
-        torch.testing.assert_close(one[name], eight[name], atol=2e-4, rtol=1e-3)
+        torch.testing.assert_close(one[name], eight[name], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.invariant
@@ -167,15 +172,12 @@ def test_options_of_the_loss_are_read(tiny_model, plan, rows, tmp_path, tiny_tok
     assert first_loss(token_aware_distillation=False) != pytest.approx(default, rel=1e-4)
 
 
-def test_closed_form_start_brings_the_pair_nearer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+def test_layers_that_are_fitted_have_a_rank_of_their_own(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
     options = {"local_distillation_tokens": 384, "local_distillation_rank": 7, "lora_rank": 4}
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, **options)
     down_proj = trainer.model.base_model.model.model.layers[1].mlp.down_proj
     assert down_proj.r == {"prefill": 7, "decode": 7}
     assert trainer.model.base_model.model.model.layers[1].mlp.up_proj.r == {"prefill": 4, "decode": 4}
-    before = trainer.evaluate()["eval_loss"]
-    trainer.fit_residuals(384)
-    assert trainer.evaluate()["eval_loss"] < before
 
 
 @pytest.mark.parametrize("tokens", [0, 384])
