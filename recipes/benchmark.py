@@ -10,7 +10,6 @@ anew.
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import TrlParser
 
+from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report, write_results
 from hf_pdprune.evaluation.report import REPORT_FILE_NAME
 from hf_pdprune.evaluation.result_table import ResultTable, megabytes
@@ -89,9 +89,7 @@ def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
 
     result = SpeedBenchmark(dense, prefill, decode, config).run()
     folder = Path(args.stages)
-    temporary = folder / "benchmark.json.partial"
-    temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "benchmark.json")
+    write_artefact(folder / "benchmark.json", result)
     write_results(folder, {"speed": result["speed"], "kv": result["kv"], "environment": result["environment"]})
     if (folder / REPORT_FILE_NAME).is_file():
         write_report(folder)

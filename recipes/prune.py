@@ -9,7 +9,6 @@ into `output_dir` and is skipped where that is there already: an interrupted run
 """
 
 import json
-import os
 import shutil
 import sys
 import time
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import TrlParser
 
 from hf_pdprune import PruningPlan
+from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.blocks import num_blocks
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
 from hf_pdprune.evaluation import (
@@ -127,7 +127,7 @@ class Artefacts:
         self.folder = folder
         self.overwrite = overwrite
         self.path = folder / "run.json"
-        self.steps: dict[str, dict[str, Any]] = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
 
     def is_done(self, step: str, settings: dict[str, Any]) -> bool:
         """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
@@ -157,20 +157,12 @@ class Artefacts:
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        write_json(self.path, self.steps)
+        write_artefact(self.path, self.steps)
 
     def done(self, step: str, settings: dict[str, Any]) -> None:
         """Records that `step` is done with these settings."""
         self.steps[step] = settings
-        write_json(self.path, self.steps)
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Writes a file as a whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+        write_artefact(self.path, self.steps)
 
 
 def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -343,7 +335,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     trained = {key: own[key] for key in own if key.startswith("train_")}
     trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
     if not run.is_done("stages", trained):
-        write_json(folder / "distillation.json", train(args, training_args, model, tokenizer, plan, trained))
+        write_artefact(folder / "distillation.json", train(args, training_args, model, tokenizer, plan, trained))
         run.done("stages", trained)
         del model  # it carries adapters now
         model, _ = load_model(args)
@@ -360,7 +352,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
             "quality": compare_quality(model, pairs, held_out),
             "quality_all_tokens": compare_quality(model, pairs, held_out, token_aware=False),
             **SpeedBenchmark(model, *healed, benchmark).run(),
-            "distillation": json.loads((folder / "distillation.json").read_text()),
+            "distillation": read_json(folder / "distillation.json"),
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
         del model, healed, pairs

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_pdprune"
 # Data flows down this list: a file imports only from those above it.
 LAYERS = [
     "version",
+    "artefact_file",
     "blocks",
     "plan",
     "fingerprint",

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from .artefact_file import read_json, write_artefact
 from .blocks import check_block_numbers, num_blocks
 from .version import __version__
 
@@ -322,12 +323,7 @@ class PruningPlan:
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> Path:
         """Writes `pruning_plan.json` into the folder (made if need be), as a whole or not at all; returns its path."""
-        path = Path(save_directory) / PLAN_FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write_artefact(Path(save_directory) / PLAN_FILE_NAME, self.to_dict())
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike, **hub_kwargs: Any) -> "PruningPlan":
@@ -353,8 +349,4 @@ class PruningPlan:
                 raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {where}") from error
         if not path.is_file():
             raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {path.parent}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(path))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..artefact_file import write_artefact
 from ..plan import PruningPlan
 from .plan_plot import plot_plan
 from .result_table import ResultTable, megabytes
@@ -44,9 +45,7 @@ def write_report(folder: str | os.PathLike) -> str:
     except ImportError as error:
         logger.warning("%s", error)
         has_plot = False
-    temporary = folder / f"{REPORT_FILE_NAME}.partial"
-    temporary.write_text(report_text(plan, results, has_plot), encoding="utf-8")
-    os.replace(temporary, folder / REPORT_FILE_NAME)
+    write_artefact(folder / REPORT_FILE_NAME, report_text(plan, results, has_plot))
     return terminal_text(plan, results)
 
 

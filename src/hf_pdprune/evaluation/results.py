@@ -1,10 +1,11 @@
 """results.json: what was measured of a pair of stages."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..artefact_file import read_json, write_artefact
 
 
 RESULTS_FILE_NAME = "results.json"
@@ -25,14 +26,9 @@ def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path
     path = Path(folder) / RESULTS_FILE_NAME
     merged = {**(read_results(folder) if path.is_file() else {}), **results}
     try:
-        text = json.dumps(merged, indent=2, allow_nan=False) + "\n"
+        return write_artefact(path, merged)
     except ValueError as error:
         raise ValueError(f"{RESULTS_FILE_NAME}: a result is NaN or infinite") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
 
 
 def read_results(folder: str | os.PathLike) -> dict[str, Any]:
@@ -47,10 +43,7 @@ def read_results(folder: str | os.PathLike) -> dict[str, Any]:
     path = path / RESULTS_FILE_NAME if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no {RESULTS_FILE_NAME} in {folder!s}")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    results = read_json(path)
     if not isinstance(results, dict) or any(not isinstance(part, dict | list) for part in results.values()):
         raise ValueError(f"{path} must hold a JSON object of objects")
     return results

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..artefact_file import write_artefact
 from ..plan import PruningPlan
 from ..version import __version__
 
@@ -80,10 +81,7 @@ def write_model_cards(output_dir: str | os.PathLike, results: Mapping[str, Any])
     """
     plan = PruningPlan.from_pretrained(output_dir)
     for stage in ("prefill", "decode"):
-        path = Path(output_dir) / stage / "README.md"
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(model_card(plan, stage, stage, results), encoding="utf-8")
-        os.replace(temporary, path)
+        write_artefact(Path(output_dir) / stage / "README.md", model_card(plan, stage, stage, results))
 
 
 def _numbers(values: Sequence[Any]) -> str:

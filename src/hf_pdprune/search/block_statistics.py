@@ -1,6 +1,5 @@
 """BlockStatistics: how redundant each block is, from one pass over any text."""
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..adapters import active_adapter
+from ..artefact_file import read_json, write_artefact
 from ..blocks import get_blocks, num_blocks
 from ..inference.stage import position_ids
 from ..version import __version__
@@ -186,12 +186,7 @@ class BlockStatistics:
             "num_tokens": self.num_tokens,
             "redundancy": list(self.redundancy),
         }
-        path = Path(save_directory) / STATISTICS_FILE_NAME
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".partial")
-        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-        return path
+        return write_artefact(Path(save_directory) / STATISTICS_FILE_NAME, data)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> "BlockStatistics":
@@ -206,10 +201,7 @@ class BlockStatistics:
         path = path / STATISTICS_FILE_NAME if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no {STATISTICS_FILE_NAME} in {folder!s}")
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        data = read_json(path)
         _check(data, path)
         statistics = cls(data["base_model"], data["model_type"], data["num_hidden_layers"])
         statistics.num_tokens = data["num_tokens"]
