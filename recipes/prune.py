@@ -50,7 +50,7 @@ TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
     "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
-    "lora_rank", "lora_alpha",
+    "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
 )  # fmt: skip
 
 

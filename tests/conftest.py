@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from masked_reference import random_prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -144,3 +145,16 @@ def smollm2():
     if done.returncode != 0:
         pytest.skip(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "get_model.py failed")
     return Path(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def batch():
+    """Prompts and completions of different lengths, as the disaggregated forward takes them."""
+    prompt_ids, prompt_mask = random_prompts([16, 3, 9, 6])
+    completion_ids, completion_mask = (tensor.flip(1) for tensor in random_prompts([8, 1, 5, 8], seed=1))
+    return {
+        "prompt_ids": prompt_ids,
+        "prompt_mask": prompt_mask,
+        "completion_ids": completion_ids,
+        "completion_mask": completion_mask,
+    }

@@ -1,22 +1,8 @@
 import pytest
 import torch
-from masked_reference import random_prompts
 
 from hf_pdprune.blocks import remove_blocks
 from hf_pdprune.fingerprint import model_fingerprint
-
-
-@pytest.fixture
-def batch():
-    """Prompts and completions of different lengths, as the disaggregated forward takes them."""
-    prompt_ids, prompt_mask = random_prompts([16, 3, 9, 6])
-    completion_ids, completion_mask = (tensor.flip(1) for tensor in random_prompts([8, 1, 5, 8], seed=1))
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-    }
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from masked_reference import random_prompts
 
 from hf_pdprune.blocks import bypass_blocks, remove_blocks
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
@@ -9,18 +8,6 @@ from hf_pdprune.plan import PruningPlan
 
 
 pytestmark = pytest.mark.invariant
-
-
-@pytest.fixture
-def batch():
-    prompt_ids, prompt_mask = random_prompts([16, 3, 9, 6])
-    completion_ids, completion_mask = (tensor.flip(1) for tensor in random_prompts([8, 1, 5, 8], seed=1))
-    return {
-        "prompt_ids": prompt_ids,
-        "prompt_mask": prompt_mask,
-        "completion_ids": completion_ids,
-        "completion_mask": completion_mask,
-    }
 
 
 @torch.no_grad()

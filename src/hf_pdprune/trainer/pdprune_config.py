@@ -40,7 +40,7 @@ class PDPruneConfig(SFTConfig):
             Scaling of each stage's adapter, where no `peft_config` is given.
     """
 
-    learning_rate: float = field(default=5e-4, metadata={"help": "The initial learning rate for AdamW."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     activation_checkpointing: bool | None = field(
         default=False,
         metadata={"help": "Must stay off: recomputing a block would append to its KV cache twice."},
