@@ -30,19 +30,53 @@ def test_hidden_states_come_nearer_to_the_dense_models(tiny_llama, ids, missing)
     before = (hidden_states(model, ids, missing, None) - dense).pow(2).mean()
     left = ResidualFit(model, ids.split(8)).fit(missing, "stage")
     after = (hidden_states(model, ids, missing, "stage") - dense).pow(2).mean()
-    assert after < 0.8 * before
+    assert after < before
     assert all(0 <= value < 1 for value in left.values())
 
 
-def test_where_nothing_is_missing_nothing_changes(tiny_llama, ids):
-    silent = tiny_llama.model.layers[2]  # adds nothing to the hidden states
-    silent.self_attn.o_proj.weight.data.zero_()
-    silent.mlp.down_proj.weight.data.zero_()
+def test_only_blocks_before_gaps_change(tiny_llama, ids):
     model = adapted(tiny_llama)
-    left = ResidualFit(model, ids.split(8)).fit((2,), "stage")
-    assert set(left) == {1, 3, 4, 5}
+    assert set(ResidualFit(model, ids.split(8)).fit((2, 4), "stage")) == {1, 3}
+    changed = {n for n, p in model.named_parameters() if "lora_B" in n and p.abs().sum() > 0}
+    assert {n.split("layers.")[1].split(".lora")[0] for n in changed} == {
+        f"{block}.mlp.{name}_proj" for block in (1, 3) for name in ("gate", "up", "down")
+    }
+
+
+def without_attention(model, *blocks):
+    for block in blocks:
+        model.model.layers[block].self_attn.o_proj.weight.data.zero_()
+
+
+def test_a_block_that_adds_nothing_leaves_nothing_to_do(tiny_llama, ids):
+    without_attention(tiny_llama, 2)
+    tiny_llama.model.layers[2].mlp.down_proj.weight.data.zero_()
+    model = adapted(tiny_llama)
+    ResidualFit(model, ids.split(8)).fit((2,), "stage")
     dense = hidden_states(model, ids, (), None)
     torch.testing.assert_close(hidden_states(model, ids, (2,), "stage"), dense, atol=1e-4, rtol=1e-4)
+
+
+def test_neurons_of_the_missing_block_are_taken_over_with_its_norm(tiny_llama, ids):
+    """Block 1 adds nothing, so block 2 can be put in its place to the last digit."""
+    without_attention(tiny_llama, 1, 2)
+    layers = tiny_llama.model.layers
+    layers[1].mlp.down_proj.weight.data.zero_()
+    layers[2].post_attention_layernorm.weight.data.uniform_(0.5, 2.0)
+    model = adapted(tiny_llama)
+    left = ResidualFit(model, ids.split(8)).fit((2,), "stage")
+    assert left[1] < 1e-6
+    dense = hidden_states(model, ids, (), None)
+    torch.testing.assert_close(hidden_states(model, ids, (2,), "stage"), dense, atol=1e-3, rtol=1e-3)
+
+
+def test_neurons_leave_less_than_a_correction_of_the_last_layer(tiny_model, ids):
+    left = {}
+    for rank in (63, 64):  # 64 is what any change of the MLP's weights takes
+        model = tiny_model("llama")
+        without_attention(model, 2)
+        left[rank] = ResidualFit(adapted(model, rank), ids.split(8)).fit((2,), "stage")[1]
+    assert left[64] < 0.9 * left[63]
 
 
 def test_dense_weights_and_other_adapters_stay(tiny_llama, ids):
@@ -75,18 +109,10 @@ def test_a_rank_beyond_the_layers_size_is_as_good_as_the_full_one(tiny_model, id
     assert left[0] == pytest.approx(left[1], rel=1e-4)
 
 
-def test_more_ridge_moves_less(tiny_model, ids):
-    left = [
-        ResidualFit(adapted(tiny_model("llama")), ids.split(8), ridge=ridge).fit((2, 3), "stage")[1]
-        for ridge in (1e-3, 10.0)
-    ]
-    assert left[0] < left[1]
-
-
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gpt_neox", "qwen3"])
 def test_the_layer_that_writes_into_the_residual_stream_is_found(tiny_model, ids, name):
     model = adapted(tiny_model(name), rank=8)
-    assert set(ResidualFit(model, ids.split(8)).fit((3,), "stage")) == {2, 4, 5}
+    assert set(ResidualFit(model, ids.split(8)).fit((3,), "stage")) == {2}
 
 
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])

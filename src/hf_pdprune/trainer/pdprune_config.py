@@ -32,8 +32,9 @@ class PDPruneConfig(SFTConfig):
         local_distillation_tokens (`int`, *optional*, defaults to `8192`):
             Training tokens on which each stage's adapter is fitted in closed form before the first step (see
             [`ResidualFit`]); 0 leaves that out.
-        local_distillation_rank (`int`, *optional*, defaults to `256`):
-            Rank of the adapter in the layers that are fitted (the last linear layer of each block).
+        local_distillation_rank (`int`, *optional*):
+            Rank of the adapter in the layers that are fitted (the MLPs before gaps). Default: the hidden size, with
+            which an MLP can take over neurons of the missing blocks; with less, its last linear layer is corrected.
         lora_rank (`int`, *optional*, defaults to `32`):
             Rank of each stage's adapter, where no `peft_config` is given.
         lora_alpha (`int`, *optional*, defaults to `64`):
@@ -70,8 +71,9 @@ class PDPruneConfig(SFTConfig):
             "help": "Training tokens on which adapters are fitted in closed form before the first step; 0: none."
         },
     )
-    local_distillation_rank: int = field(
-        default=256, metadata={"help": "Rank of the adapter in the layers that are fitted in closed form."}
+    local_distillation_rank: int | None = field(
+        default=None,
+        metadata={"help": "Rank of the adapter in the layers that are fitted in closed form. Default: hidden size."},
     )
     lora_rank: int = field(
         default=32, metadata={"help": "Rank of each stage's adapter, where no peft_config is given."}
@@ -96,7 +98,7 @@ class PDPruneConfig(SFTConfig):
         if self.local_distillation_tokens < 0:
             raise ValueError(f"local_distillation_tokens must not be negative, got {self.local_distillation_tokens}")
         for name in ("local_distillation_rank", "lora_rank", "lora_alpha"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.activation_checkpointing:
             raise ValueError(

@@ -20,7 +20,7 @@ from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
 from ..adapters import adapter_parameters
-from ..blocks import blocks_path, get_blocks
+from ..blocks import blocks_path
 from ..data import PromptCompletionCollator
 from ..hub import export_stages
 from ..inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
@@ -28,7 +28,7 @@ from ..plan import PruningPlan
 from .callbacks import BlockRemovalCallback
 from .losses import DISTILLATION_LOSSES, mean_over_labels
 from .pdprune_config import PDPruneConfig
-from .residual_fit import ResidualFit, last_linear
+from .residual_fit import ResidualFit, fitted_layers
 
 
 STAGES = ("prefill", "decode")
@@ -102,16 +102,16 @@ class PDPruneTrainer(SFTTrainer):
         """The model with one adapter per stage, both of which learn."""
         torch.manual_seed(args.seed)
         path = blocks_path(model)
-        fitted = last_linear(get_blocks(model)[0]) if args.local_distillation_tokens else None
         for stage in STAGES:
             config = copy.deepcopy(peft_config) or LoraConfig(
                 r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
             )
-            if peft_config is None and fitted is not None:
-                rank = min(args.local_distillation_rank, model.config.get_text_config().hidden_size)
-                config.rank_pattern = {fitted: rank}
-                config.alpha_pattern = {fitted: rank * args.lora_alpha / args.lora_rank}  # the same scaling
             missing = self.plan.stage(stage).missing_blocks
+            if peft_config is None and args.local_distillation_tokens:
+                rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
+                fitted = [re.escape(f"{path}.{name}") for name in fitted_layers(model, missing)]
+                config.rank_pattern = dict.fromkeys(fitted, rank)
+                config.alpha_pattern = dict.fromkeys(fitted, rank * args.lora_alpha / args.lora_rank)  # same scaling
             if peft_config is None and missing:
                 numbers = "|".join(map(str, missing))
                 config.exclude_modules = rf"{re.escape(path)}\.({numbers})\..*"

@@ -1,7 +1,7 @@
 """ResidualFit: local distillation in closed form, from which a stage's adapter starts."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,11 +10,12 @@ from accelerate import PartialState
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.pytorch_utils import Conv1D
 
-from ..adapters import active_adapter, adapter_layers
+from ..adapters import active_adapter
 from ..blocks import bypass_blocks, get_blocks
 from ..search.partial_forward import PartialForward, evaluating
+from .least_squares import LeastSquares
+from .mlp_neurons import MLPNeurons, linear_layers, mlp_path
 
 
 logger = logging.getLogger(__name__)
@@ -22,123 +23,175 @@ logger = logging.getLogger(__name__)
 
 class ResidualFit:
     """
-    Starts a stage's adapter where the missing blocks are made up for as well as one linear layer per block can: from
-    the first gap on, every kept block's last linear layer (the MLP's down projection) gets the low-rank correction
-    that brings the hidden states after the block, and after the missing ones that follow it, nearest to the dense
-    model's.
+    Starts a stage's adapter where the block before each gap does the work of the missing ones as well as it can: its
+    MLP is given those neurons, of its own and of the missing blocks' MLPs, from which the dense model's hidden states
+    after the gap can best be put together, and the columns that do so.
 
-    That layer writes into the residual stream, so the correction is a least-squares problem and needs no gradient:
-    with its inputs a and what is missing r, both divided by the norm of the dense hidden state (norms follow, which
-    see directions only), D = (A'A + ridge)^-1 A'R; its best approximation of a given rank on these inputs keeps the
-    leading eigenvectors of D'(A'A)D (reduced-rank regression, Izenman 1975). Blocks are fitted in order, each on the
-    hidden states that the blocks fitted before it give. The idea to fold a linear map into the down projection is
-    ReplaceMe's (arXiv 2505.02819).
+    The MLP's last linear layer writes into the residual stream, so its columns are a least-squares problem and need no
+    gradient. Neurons of the missing blocks are evaluated on the hidden states that the MLP before the gap reads; norms
+    that differ by a factor per feature are folded into their rows. As many neurons as the MLP has room for are kept,
+    chosen by what leaving each out would cost (optimal brain surgeon, Hassibi and Stork 1993). Ridge regression pulls
+    columns towards the dense ones, by as much as serves a held-out fifth of the text best. Errors are divided by the
+    norm of the dense hidden state, since norms that follow see directions only. Gaps are fitted in order, each on the
+    hidden states that the stage then has.
 
-    Cost: the dense model once and the stage twice over the tokens. Memory: two hidden states per token, and the square
-    of the layer's input size.
+    Where neurons cannot move (layers with bias, experts, an adapter of too low a rank), the block before a gap gets
+    the best low-rank correction of its last linear layer (reduced-rank regression, Izenman 1975; the idea to fold a
+    linear map into that layer is ReplaceMe's, arXiv 2505.02819).
+
+    Cost: the dense model and each stage once over the tokens. Memory: per token one hidden state and one for each gap,
+    and squares of the number of neurons before a gap and in it.
 
     Args:
         model (`nn.Module`): The dense model with LoRA adapters.
         input_ids (`Sequence[torch.LongTensor]`): Batches of shape `(batch_size, tokens)`, without padding.
-        ridge (`float`, defaults to 0.01): Regularisation, as a share of the mean of A'A's diagonal.
     """
 
-    def __init__(self, model: nn.Module, input_ids: Sequence[torch.LongTensor], ridge: float = 0.01):
+    def __init__(self, model: nn.Module, input_ids: Sequence[torch.LongTensor]):
         self.model = model
         self.input_ids = input_ids
-        self.ridge = ridge
         self.total_blocks = len(get_blocks(model))
+        # Hidden states of the dense model that arrive at these blocks; the second stage needs mostly the same ones.
+        self._dense: dict[int, list[torch.Tensor]] = {}
 
-    def fit(self, missing_blocks: Sequence[int], adapter: str) -> dict[int, float]:
+    def fit(self, missing_blocks: Collection[int], adapter: str) -> dict[int, float]:
         """
-        Sets the corrections of one stage.
+        Fits one stage.
 
         Args:
-            missing_blocks (`Sequence[int]`): Blocks that the stage does without.
-            adapter (`str`): The stage's adapter. Its corrections replace what the fitted layers had learned.
+            missing_blocks (`Collection[int]`): Blocks that the stage does without.
+            adapter (`str`): The stage's adapter. In the fitted blocks' MLPs it learns anew.
 
         Returns:
-            `dict[int, float]`: By fitted block, the part of the squared error that is left.
+            `dict[int, float]`: By fitted block, the part of the squared error that is left on these tokens.
         """
-        kept = [block for block in range(self.total_blocks) if block not in missing_blocks]
-        following = dict(zip(kept, [*kept[1:], self.total_blocks], strict=True))
-        affected = [block for block in kept if kept[0] > 0 or any(following[b] > b + 1 for b in kept if b <= block)]
+        gaps = blocks_before_gaps(self.total_blocks, missing_blocks)
         left: dict[int, float] = {}
-        if not affected:
+        if not gaps:
             return left
-        with evaluating(self.model), active_adapter(self.model, None):
-            dense = [None] * len(self.input_ids)
-            dense = [self._run(range(affected[0]), ids, None) for ids in self.input_ids] if affected[0] else dense
-            stage, reached = list(dense), affected[0]
-            if kept[0] > 0:  # the first blocks are missing: the stage begins with the embeddings
-                stage = [self._run((), ids, None) for ids in self.input_ids]
+        first = min(gaps)
+        with evaluating(self.model):
+            # Where the first blocks are missing, the stage begins with the embeddings.
+            stage = self._dense_at(0 if 0 in missing_blocks else first)
+            reached = first
             description = f"Local distillation, {adapter}"
-            for block in tqdm(affected, desc=description, disable=not PartialState().is_main_process):
-                between = range(reached, following[block])
-                dense = [self._run(between, ids, h) for ids, h in zip(self.input_ids, dense, strict=True)]
-                reached = following[block]
-                if (layer := self._residual_layer(block, adapter, stage[0])) is not None:
-                    left[block] = self._fit_layer(layer, block, adapter, stage, dense)
-                with active_adapter(self.model, adapter):
-                    stage = [self._run((block,), ids, h) for ids, h in zip(self.input_ids, stage, strict=True)]
+            for block, gap in tqdm(gaps.items(), desc=description, disable=not PartialState().is_main_process):
+                stage = self._advance(stage, [b for b in range(reached, block) if b not in missing_blocks], adapter)
+                dense = self._dense_at(max(block, *gap) + 1)
+                error = self._fit_block(block, gap, adapter, stage, dense)
+                stage = self._advance(stage, (block,), adapter)
+                reached = block + 1
+                if error is not None:
+                    left[block] = _squared_error(stage, dense) / error if error else 0.0
         logger.info("local distillation of %s: %s of the squared error is left per block", adapter, left)
         return left
 
-    def _fit_layer(
+    def _fit_block(
         self,
-        layer: BaseTunerLayer,
         block: int,
+        gap: Sequence[int],
         adapter: str,
         stage: Sequence[torch.Tensor],
         dense: Sequence[torch.Tensor],
-    ) -> float:
-        """Sets the correction of one layer; returns the part of the squared error that is left."""
+    ) -> float | None:
+        """Sets the adapter in the block's MLP; returns the squared error without it, `None` where nothing fits."""
+        layer = self._residual_layer(block, adapter, stage[0])
+        if layer is None:
+            return None
         layer.lora_B[adapter].weight.zero_()
-        gram = cross = error = 0.0
+        own, others = self._neurons(block, gap, adapter, stage[0])
+        problem, error = LeastSquares(), 0.0
+        module = get_blocks(self.model)[block]
         for ids, hidden, target in zip(self.input_ids, stage, dense, strict=True):
-            with active_adapter(self.model, adapter), _inputs_of(layer) as inputs:
+            norm = own.norm if others else module
+            with active_adapter(self.model, adapter), _inputs_of(layer) as inputs, _inputs_of(norm) as normed:
                 output = self._run((block,), ids, hidden)
+            features = inputs[0].view(*hidden.shape[:-1], -1) if hidden is not None else inputs[0]
             weight = 1 / target.float().norm(dim=-1, keepdim=True)
-            features = (inputs[0].float() * weight).flatten(0, 1)
-            missing = ((target - output).float() * weight).flatten(0, 1)
-            gram, cross = gram + features.T @ features, cross + features.T @ missing
-            error += missing.pow(2).sum().item()
-        gram, cross = gram.double(), cross.double()
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        solution = torch.linalg.solve(gram + self.ridge * gram.diagonal().mean() * eye, cross)
-        rank = layer.r[adapter]
-        leading = torch.linalg.eigh(solution.T @ gram @ solution).eigenvectors[:, -rank:]
-        down = (solution @ leading).T / layer.scaling[adapter]
-        # The same product, shared out evenly: gradients of both factors are then of about one size.
-        balance = (down.norm() / leading.norm()).sqrt() if down.any() else torch.ones_like(down[0, 0])
-        # A rank beyond the layer's output size has nothing to fit; what is left of it starts as LoRA does.
-        layer.lora_A[adapter].weight[: len(down)].copy_(down / balance)
-        layer.lora_B[adapter].weight[:, : len(down)].copy_(leading * balance)
-        low_rank = solution @ leading @ leading.T
-        explained = (2 * (cross * low_rank).sum() - (low_rank * (gram @ low_rank)).sum()).item()
-        return 1 - explained / error if error else 0.0
+            missing = (target - output).float()
+            error += (missing * weight).pow(2).sum().item()
+            with active_adapter(self.model, None):
+                for other in others:
+                    more = other.features(normed[0])
+                    missing -= (more @ other.columns).float()
+                    features = torch.cat([features, more], dim=-1)
+            problem.add(features.float() * weight, missing * weight)
+        if not others:
+            _set_low_rank(layer, adapter, *problem.reduced_rank(layer.r[adapter]))
+            return error
+        columns = torch.cat([neurons.columns for neurons in (own, *others)]).float()
+        chosen, columns = problem.best_features(columns, len(own.columns))
+        _set_delta(layer, adapter, columns.T - own.columns.T)
+        few = normed[0][:1]
+        scales = [torch.ones_like(few[0, 0]), *(other.scale_from(own, few) for other in others)]
+        for name, inner in own.input_layers.items():
+            rows = [n.rows(name, scale) for n, scale in zip((own, *others), scales, strict=True)]
+            new = torch.cat(rows, dim=1)[:, chosen].flatten(0, 1)
+            _set_delta(inner, adapter, new - rows[0].flatten(0, 1))
+        return error
+
+    def _neurons(
+        self, block: int, gap: Sequence[int], adapter: str, hidden: torch.Tensor | None
+    ) -> tuple[MLPNeurons | None, list[MLPNeurons]]:
+        """The block's neurons and those of the gap; none of the gap's where the block cannot take them over."""
+        blocks = get_blocks(self.model)
+        ids, few = self._few(hidden)
+        found = []
+        with active_adapter(self.model, None):
+            for number in (block, *gap):
+                run = partial(self._run, (number,), ids, few if number else None)
+                found.append(MLPNeurons.find(blocks[number], run))
+            own, *others = found
+            if any(neurons is None for neurons in found):
+                return own, []
+            layers = (*own.input_layers.values(), own.output_layer)
+            if any(not _takes_any_delta(layer, adapter) for layer in layers):
+                return own, []
+            with _inputs_of(own.norm) as normed:
+                self._run((block,), ids, few)
+            if any(other.scale_from(own, normed[0]) is None for other in others):
+                return own, []
+        return own, others
 
     def _residual_layer(self, block: int, adapter: str, hidden: torch.Tensor | None) -> BaseTunerLayer | None:
         """
-        The adapted layer whose output the block adds to the hidden states as it is, or `None` (a norm may come
-        between, or experts). Tried out on a few tokens: what is added to its output has to come out of the block.
+        The block's last linear layer, if it is adapted and the block adds its output to the hidden states as it is (a
+        norm may come between, or experts). Tried out on a few tokens: what is added to it has to come out.
         """
-        ids = self.input_ids[0][:1, :8]
-        few = None if hidden is None else hidden[:1, :8]
-        module = get_blocks(self.model)[block]
-        plain = self._run((block,), ids, few)
-        added = torch.full_like(plain, 0.1 * plain.float().std().item())
-        for layer in reversed(list(adapter_layers(module).values())):
-            if adapter not in layer.lora_A:
-                continue
+        ids, few = self._few(hidden)
+        layer = next(reversed(linear_layers(get_blocks(self.model)[block]).values()), None)
+        if not isinstance(layer, BaseTunerLayer) or adapter not in layer.lora_A:
+            return None
+        with active_adapter(self.model, None):
+            plain = self._run((block,), ids, few)
+            added = torch.full_like(plain, 0.1 * plain.float().std().item())
             with _outputs_plus(layer, added):
                 changed = self._run((block,), ids, few)
-            if torch.allclose(changed - plain, added, rtol=1e-2, atol=1e-2 * added.abs().max().item()):
-                return layer
-        return None
+        close = torch.allclose(changed - plain, added, rtol=1e-2, atol=1e-2 * added.abs().max().item())
+        return layer if close else None
+
+    def _few(self, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self.input_ids[0][:1, :8], None if hidden is None else hidden[:1, :8]
+
+    def _dense_at(self, block: int) -> list[torch.Tensor]:
+        """Hidden states of the dense model that arrive at a block."""
+        if block not in self._dense:
+            nearest = max((reached for reached in self._dense if reached < block), default=None)
+            hidden = [None] * len(self.input_ids) if nearest is None else self._dense[nearest]
+            self._dense[block] = self._advance(hidden, range(nearest or 0, block), None)
+        return self._dense[block]
+
+    def _advance(
+        self, hidden: Sequence[torch.Tensor | None], blocks: Sequence[int], adapter: str | None
+    ) -> list[torch.Tensor]:
+        """Each batch's hidden states after `blocks`."""
+        if len(blocks) == 0 and hidden[0] is not None:
+            return list(hidden)
+        with active_adapter(self.model, adapter):
+            return [self._run(blocks, ids, h) for ids, h in zip(self.input_ids, hidden, strict=True)]
 
     def _run(self, blocks: Sequence[int], ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-        """What neighbouring `blocks` make of hidden states (`None`: of the embeddings of `ids`)."""
+        """What `blocks` make of the hidden states that arrive there (`None`: of the embeddings of `ids`)."""
         blocks = tuple(blocks)
         start = blocks[0] if blocks and hidden is not None else 0
         last = blocks[-1] if blocks else 0
@@ -156,10 +209,63 @@ class ResidualFit:
         return outputs[0]
 
 
-def last_linear(block: nn.Module) -> str | None:
-    """Name, within a block, of its last linear layer: the one that is fitted, if it can be."""
-    names = [name for name, module in block.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    return names[-1] if names else None
+def blocks_before_gaps(total_blocks: int, missing_blocks: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """
+    The kept blocks that do the work of missing ones, each with those that follow it. Where the first blocks are
+    missing, the first kept block does their work.
+    """
+    kept = [block for block in range(total_blocks) if block not in missing_blocks]
+    gaps = {
+        block: tuple(range(block + 1, following))
+        for block, following in zip(kept, [*kept[1:], total_blocks], strict=True)
+    }
+    gaps[kept[0]] = (*range(kept[0]), *gaps[kept[0]])
+    return {block: gap for block, gap in gaps.items() if gap}
+
+
+def fitted_layers(model: nn.Module, missing_blocks: Collection[int]) -> list[str]:
+    """Names, within the list of blocks, of the linear layers that [`ResidualFit`] may set: MLPs before gaps."""
+    blocks = get_blocks(model)
+    names = []
+    for block in blocks_before_gaps(len(blocks), missing_blocks):
+        layers, parent = linear_layers(blocks[block]), mlp_path(blocks[block])
+        names += [f"{block}.{name}" for name in layers if name.rpartition(".")[0] == parent]
+    return names
+
+
+def _squared_error(stage: Sequence[torch.Tensor], dense: Sequence[torch.Tensor]) -> float:
+    return sum(
+        ((d - s).float() / d.float().norm(dim=-1, keepdim=True)).pow(2).sum().item()
+        for s, d in zip(stage, dense, strict=True)
+    )
+
+
+def _takes_any_delta(layer: nn.Module, adapter: str) -> bool:
+    """Whether the adapter's rank is enough for any change of the layer's weight."""
+    if not isinstance(layer, BaseTunerLayer) or adapter not in layer.lora_A:
+        return False
+    return layer.r[adapter] >= min(layer.get_base_layer().weight.shape)
+
+
+def _set_delta(layer: BaseTunerLayer, adapter: str, delta: torch.Tensor) -> None:
+    """Makes the adapter add `delta`, shape `(out_features, in_features)`, to the layer's weight."""
+    left, values, right = torch.linalg.svd(delta.float() / layer.scaling[adapter], full_matrices=False)
+    # Shared out evenly: gradients of both factors are then of about one size.
+    _set_factors(layer, adapter, values.sqrt()[:, None] * right, left * values.sqrt())
+
+
+def _set_low_rank(layer: BaseTunerLayer, adapter: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    """Makes the adapter add `up @ down` to what the layer returns."""
+    down = down / layer.scaling[adapter]
+    balance = (down.norm() / up.norm()).sqrt() if down.any() else torch.ones_like(down[0, 0])
+    _set_factors(layer, adapter, down / balance, up * balance)
+
+
+def _set_factors(layer: BaseTunerLayer, adapter: str, down: torch.Tensor, up: torch.Tensor) -> None:
+    # What is left of a rank beyond the factors' starts as LoRA does.
+    layer.lora_A[adapter].weight[: len(down)].copy_(down)
+    layer.lora_B[adapter].weight.zero_()
+    layer.lora_B[adapter].weight[:, : len(down)].copy_(up)
 
 
 @contextmanager
@@ -175,10 +281,11 @@ def _inputs_of(layer: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 @contextmanager
 def _outputs_plus(layer: nn.Module, added: torch.Tensor) -> Iterator[None]:
-    """Adds a tensor to what a layer returns, where their shapes agree."""
+    """Adds a tensor to what a layer returns, where it is of that size."""
 
     def add(module: nn.Module, args: tuple, output: torch.Tensor, added: torch.Tensor) -> torch.Tensor:
-        return output + added if output.shape == added.shape else output
+        # Some blocks flatten batch and sequence (OPT).
+        return output + added.view_as(output) if output.numel() == added.numel() else output
 
     handle = layer.register_forward_hook(partial(add, added=added))
     try:
