@@ -11,10 +11,10 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .shortened_config import num_blocks, shortened_config, text_config_of
+from .shortened_config import check_attention_is_left, num_blocks, shortened_config, text_config_of
 
 
-# Parameters that hold a slice for every block, by the end of their names, and the dimension that is cut (gemma3n, gemma4).
+# Parameters with a slice for every block (gemma3n, gemma4), by the end of their names: the dimension of the slices.
 _PACKED_PARAMETERS = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 
 # Attributes that may differ between a block and its renumbered copy: in which a block knows its own number, and
@@ -212,29 +212,41 @@ def remove_blocks(
         `ValueError`: If a number is out of range, if no block would be left, or if the shorter model's blocks are
         built differently from the kept ones (an architecture whose index rules are not known here).
     """
+    shorter, kept = empty_shorter(model, blocks)
+    state = shortened_state_dict(
+        model.state_dict(keep_vars=True) if state_dict is None else state_dict,
+        blocks_path(model),
+        kept,
+        num_blocks(model.config),
+    )
+    shorter.load_state_dict(state, strict=True, assign=True)
+    shorter.tie_weights()
+    return shorter
+
+
+def empty_shorter(model: PreTrainedModel, blocks: Iterable[int]) -> tuple[PreTrainedModel, list[int]]:
+    """
+    The model without `blocks` but without its weights, and the numbers of the blocks that it keeps. Raises what
+    [`remove_blocks`] raises.
+    """
     total = num_blocks(model.config)
     removed = check_block_numbers(blocks, total, "remove_blocks")
     kept = [number for number in range(total) if number not in removed]
     if not kept:
         raise ValueError(f"remove_blocks: all {total} blocks would be removed")
     check_kv_is_computed(model.config, removed)
-    path = blocks_path(model)
-    state = shortened_state_dict(
-        model.state_dict(keep_vars=True) if state_dict is None else state_dict, path, kept, total
-    )
+    check_attention_is_left(model.config, kept)
     shorter = empty_like(model, shortened_config(model.config, kept))
     # Compared with an empty dense model, since the blocks of this one may be wrapped (adapters, quantisation).
     check_same_blocks(get_blocks(empty_like(model, copy.deepcopy(model.config))), get_blocks(shorter), kept)
-    shorter.load_state_dict(state, strict=True, assign=True)
-    shorter.tie_weights()
-    return shorter.eval()
+    return shorter.eval(), kept
 
 
 def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class for `config`, with buffers on the model's device and parameters on the meta device."""
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
-        empty = type(model)._from_config(config)
+        empty = type(model)._from_config(config, dtype=model.dtype)
     for module in empty.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -250,20 +262,33 @@ def shortened_state_dict(
     The entries of `state` that a model with only `kept_blocks` of `total` has, under that model's names. Nothing is
     copied but what is packed for all blocks.
     """
+    return {
+        name: shortened_tensor(name, state[dense_name], kept_blocks, total)
+        for name, dense_name in shortened_names(state, path, kept_blocks).items()
+    }
+
+
+def shortened_names(names: Iterable[str], path: str, kept_blocks: Sequence[int]) -> dict[str, str]:
+    """Names of the weights of a model with only `kept_blocks`, each with the name it has in the dense model."""
     new_number = {str(number): str(index) for index, number in enumerate(kept_blocks)}
-    shortened = {}
-    for name, tensor in state.items():
-        dim = next((dim for end, dim in _PACKED_PARAMETERS.items() if name.endswith(end)), None)
-        if dim is not None and len(kept_blocks) < total:
-            kept = tensor.unflatten(dim, (total, -1)).index_select(dim, torch.tensor(kept_blocks, device=tensor.device))
-            tensor = nn.Parameter(kept.flatten(dim, dim + 1).detach(), requires_grad=tensor.requires_grad)
-        if name.startswith(path + "."):
-            number, _, rest = name[len(path) + 1 :].partition(".")
-            if number not in new_number:
-                continue
-            name = f"{path}.{new_number[number]}.{rest}"
-        shortened[name] = tensor
-    return shortened
+    dense_names = {}
+    for name in names:
+        number, dot, rest = name[len(path) + 1 :].partition(".")
+        if not name.startswith(path + "."):
+            dense_names[name] = name
+        elif number in new_number:
+            dense_names[f"{path}.{new_number[number]}{dot}{rest}"] = name
+    return dense_names
+
+
+def shortened_tensor(name: str, tensor: torch.Tensor, kept_blocks: Sequence[int], total: int) -> torch.Tensor:
+    """The weight itself, or a copy of the kept blocks' slices where it is packed for all `total` blocks."""
+    dim = next((dim for end, dim in _PACKED_PARAMETERS.items() if name.endswith(end)), None)
+    if dim is None or len(kept_blocks) == total:
+        return tensor
+    kept = torch.tensor(kept_blocks, device=tensor.device)
+    slices = tensor.detach().unflatten(dim, (total, -1)).index_select(dim, kept).flatten(dim, dim + 1)
+    return nn.Parameter(slices, requires_grad=tensor.requires_grad)
 
 
 def check_same_blocks(dense: Sequence[nn.Module], shorter: Sequence[nn.Module], kept_blocks: Sequence[int]) -> None:

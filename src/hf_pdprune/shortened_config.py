@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 # The number of decoder blocks, where `num_hidden_layers` means the encoder's.
 _NUM_BLOCKS_ENTRIES = ("decoder_layers", "num_decoder_layers")
 # One value per block, although the names do not say so.
-_PER_BLOCK_ENTRIES = ("activation_sparsity_pattern", "intermediate_size")
+_PER_BLOCK_ENTRIES = ("activation_sparsity_pattern", "indexer_types", "intermediate_size")
 # Lists of block numbers (by the end of their names).
 _BLOCK_NUMBERS_ENTRIES = (
     "layer_ids",
@@ -20,6 +20,8 @@ _BLOCK_NUMBERS_ENTRIES = (
     "moe_layers",
     "cross_attention_layers",
 )
+# Kinds of blocks whose state is no KV cache, or that have none.
+_KINDS_WITHOUT_KV = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp", "linear"})
 # How many blocks at the beginning, or at the end, are built differently.
 _LEADING_BLOCKS_ENTRIES = ("first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index")
 _TRAILING_BLOCKS_ENTRIES = ("num_kv_shared_layers",)
@@ -79,13 +81,27 @@ def shortened_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> Pr
     return config
 
 
+def check_attention_is_left(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> None:
+    """Raises a `ValueError` if of a hybrid model only blocks without KV entries would be left."""
+    text_config = text_config_of(config)
+    kinds = getattr(text_config, "layer_types", None) or getattr(text_config, "layers_block_type", None) or ()
+    attending = [number for number, kind in enumerate(kinds) if kind not in _KINDS_WITHOUT_KV]
+    if attending and set(attending).isdisjoint(kept_blocks):
+        raise ValueError(
+            f"block {attending[-1]} cannot be removed: it is the last one left with a KV cache, without which "
+            "transformers does not generate"
+        )
+
+
 def _check_read_back(config: PreTrainedConfig) -> None:
     """Raises a `ValueError` unless reading the config gives what was written."""
     try:
         read = text_config_of(type(config).from_dict(config.to_dict())).to_dict()
     except Exception as error:  # of any kind: validators raise their own
         reason = " ".join(str(error).split())
-        raise ValueError(f"{type(config).__name__} cannot express the model with these blocks only: {reason}") from error
+        raise ValueError(
+            f"{type(config).__name__} cannot express the model with these blocks only: {reason}"
+        ) from error
     for name, value in text_config_of(config).to_dict().items():
         if "layer" in name and value != read.get(name):
             raise ValueError(
