@@ -83,7 +83,7 @@ class HubServer:
     def create_repo(self, match, body, token):
         name = f"{body.get('organization') or 'me'}/{body['name']}"
         if name in self.repos:
-            raise Refused(409, "")
+            return 409, {"Content-Type": "application/json"}, json.dumps({"url": f"{self.url}/{name}"}).encode()
         self.repos[name] = Repo(body.get("visibility") == "private")
         return {"url": f"{self.url}/{name}"}
 

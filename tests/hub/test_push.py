@@ -14,7 +14,7 @@ from hf_pdprune.hub import export_stages, push_stages_to_hub
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
-# The endpoint is read on import, so whatever talks to the server is a process of its own. It tells what it saw as JSON.
+# The endpoint is read on import: what talks to the server is a process of its own, and tells what it saw as JSON.
 CLIENT = """
 import hashlib, json, logging, sys
 from pathlib import Path
@@ -165,9 +165,8 @@ def test_no_token_anywhere(pair, pushed):
     assert len(output) > 1000 and TOKEN not in output  # everything is logged, down to the debug level
     written = [path for folder in (pair, home) for path in folder.rglob("*") if path.is_file()]
     assert written and not [path for path in written if secret in path.read_bytes()]
-    contents = [
-        content for repo in server.repos.values() for files in repo.branches.values() for content in files.values()
-    ]
+    branches = [files for repo in server.repos.values() for files in repo.branches.values()]
+    contents = [content for files in branches for content in files.values()]
     assert contents and not [content for content in contents if secret in content]
 
 
