@@ -64,7 +64,7 @@ def push_stages_to_hub(
     Raises:
         `FileNotFoundError`: If the folder holds no pair.
         `ValueError`: If the stages are not of one export, or the repo id is not valid.
-        `HfHubHTTPError`: What the Hub answers.
+        `HfHubHTTPError`: What the Hub answers; a `RuntimeError` where it refuses a weight file.
     """
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder} is not a folder with stages")
