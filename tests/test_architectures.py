@@ -8,8 +8,8 @@ from hf_pdprune.blocks import bypass_blocks, remove_blocks
 
 
 MAINSTREAM = (
-    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo2 granite smollm3 gpt2 "
-    "opt gpt_neox falcon stablelm cohere starcoder2 deepseek_v3 gpt_oss glm4 ernie4_5_moe"
+    "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe gemma gemma2 gemma3_text phi phi3 olmo2 granite smollm3 "
+    "gpt2 opt gpt_neox falcon stablelm cohere starcoder2 deepseek_v3 gpt_oss glm4 ernie4_5_moe"
 ).split()
 
 

@@ -17,10 +17,10 @@ KEPT = (0, 2, 3, 5)
         ("ernie4_5_moe", {"moe_layer_start_index": 1}, {"moe_layer_start_index": 1, "moe_layer_end_index": 3}),
         ("afmoe", {"num_dense_layers": 3}, {"num_dense_layers": 2}),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1, 1]}, {"no_rope_layers": [1, 1, 0, 1]}),
-        ("gpt_neo", {"attention_types": [[["global", "local"], 3]]}, {"attention_layers": ["global"] * 2 + ["local"] * 2}),
-        ("recurrent_gemma", {"block_types": ["recurrent", "attention"]}, {"block_types": ["recurrent"] * 2 + ["attention"] * 2}),
+        ("gpt_neo", {"attention_types": [[["a", "b"], 3]]}, {"attention_layers": ["a", "a", "b", "b"]}),
+        ("recurrent_gemma", {"block_types": ["a", "b"]}, {"block_types": ["a", "a", "b", "b"]}),
     ],
-)  # fmt: skip
+)
 def test_rules_follow_the_kept_blocks(model_type, values, expected):
     blocks = "num_layers" if model_type == "gpt_neo" else "num_hidden_layers"
     config = AutoConfig.for_model(model_type, **{blocks: 6}, **values)

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_pdprune.hub import export_stages, load_stages
-from hf_pdprune.plan import PruningPlan, StagePlan
+from hf_pdprune.plan import STAGES, PruningPlan, StagePlan
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")
@@ -37,25 +37,19 @@ def test_what_loads_is_whole(tiny_model, tmp_path, moments):
         time.sleep(moment.uniform(0, 3 * seconds))
         os.kill(child, signal.SIGKILL)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-        scales = {
-            stage: scale_of(tmp_path / "pair" / stage, dense, plan.kept_blocks(stage)) for stage in plan_stages()
-        }
+        scales = [scale_of(tmp_path / "pair" / stage, dense, plan.kept_blocks(stage)) for stage in STAGES]
         try:
             load_stages(tmp_path / "pair")
         except (FileNotFoundError, ValueError):
             outcomes.append("error")
             continue
         outcomes.append("pair")
-        assert scales["prefill"] == scales["decode"] is not None
+        assert scales[0] == scales[1] is not None
     print(outcomes)
     assert "pair" in outcomes
     export_stages(model, plan, tmp_path / "pair")  # and the next export puts everything right
     load_stages(tmp_path / "pair")
     assert {path.name for path in (tmp_path / "pair").iterdir()} == {"decode", "prefill", "pruning_plan.json"}
-
-
-def plan_stages():
-    return ("prefill", "decode")
 
 
 def scale_of(folder, dense, kept):

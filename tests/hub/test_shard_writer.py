@@ -46,7 +46,7 @@ def test_sizes():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are measured through /proc")
 def test_export_makes_no_second_copy(tiny_model, tmp_path):
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 24}
     dense = tiny_model("llama", **sizes)
     total = sum(parameter.nbytes for parameter in dense.parameters())
     config = LoraConfig(r=2, target_modules="all-linear")
