@@ -38,6 +38,7 @@ SMALL = {
     "is_decoder": True,
     # Large enough that a random model has clear preferences: with flat logits, errors would not show.
     "initializer_range": 0.2,
+    "index_topk": 64,  # every token: with ties, a cached forward may choose others than one without
     "pad_token_id": 0,
     "tie_word_embeddings": False,
     "use_cache": True,
@@ -56,7 +57,7 @@ SMALL = {
     **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank", "o_lora_rank", "v_head_dim", "qk_nope_head_dim"), 16),
     **dict.fromkeys(("qk_rope_head_dim", "qk_head_dim", "global_head_dim", "index_head_dim"), 16),
     **dict.fromkeys(("hidden_size_per_layer_input", "mamba_d_head"), 16),
-    **dict.fromkeys(("sliding_window", "index_topk", "rotary_dim", "mamba_d_state", "mamba_chunk_size"), 8),
+    **dict.fromkeys(("sliding_window", "rotary_dim", "mamba_d_state", "mamba_chunk_size"), 8),
     **dict.fromkeys(("mamba_n_heads", "state_size", "chunk_size"), 8),
     **dict.fromkeys(("n_group", "topk_group", "index_n_heads"), 2),
     **dict.fromkeys(("mamba_n_groups", "n_groups", "num_kv_shared_layers"), 1),
