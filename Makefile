@@ -13,7 +13,7 @@ THREADS = $${OMP_NUM_THREADS:-$$(getconf _NPROCESSORS_ONLN)}
 RECIPE := recipes/smollm2-135m
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow style quality clean
+.PHONY: help setup demo docs test test-slow style quality clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ demo: setup ## prune SmolLM2-135M end to end on the CPU
 	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate_configs/cpu.yaml \
 		--num_cpu_threads_per_process "$(THREADS)" \
 		recipes/prune.py --config $(RECIPE)/demo.yaml --model_name_or_path "$$model"
+
+docs: setup ## write docs/architectures.md: what becomes of every architecture (some 15 minutes)
+	$(BIN)/python tests/architecture_walk.py
 
 test: setup ## run the tests that need neither network nor accelerator nor much time
 	$(BIN)/python -m pytest -m "not network and not gpu and not slow" $(PYTEST_ARGS)

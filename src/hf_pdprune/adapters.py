@@ -1,7 +1,7 @@
 """Adapters: one LoRA per stage over one copy of the dense weights."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -62,29 +62,62 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     return {name: p for name, p in model.named_parameters() if f".{adapter}." in f"{name}."}
 
 
-@torch.no_grad()
-def merged_state_dict(model: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
+class MergedWeights(Mapping[str, torch.Tensor]):
     """
-    The state dict of the dense model with what `adapter` learned added to its weights, under the names that the model
-    has without peft. The dense weights are not changed; only adapted weights are new tensors.
+    The dense model's weights with what `adapter` learned added to them, by the names that the model has without peft.
+    A weight is merged when it is read, so that a model can be written without a second copy of it in memory. The
+    dense weights are not changed.
 
     Args:
         model (`nn.Module`): A model, wrapped by peft or not.
         adapter (`str`, *optional*): Adapter to merge; `None` for the dense weights as they are.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = adapter_layers(base)
-    merged = {}
-    for name, tensor in base.state_dict().items():
-        parts = name.split(".")
-        prefix = next((p for p in (".".join(parts[:end]) for end in range(1, len(parts))) if p in layers), None)
+
+    def __init__(self, model: nn.Module, adapter: str | None):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.adapter = adapter
+        self._layers = adapter_layers(base)
+        self._dense: dict[str, torch.Tensor] = {}
+        self._prefixes: dict[str, str] = {}  # of the weights that belong to adapted modules
+        self._last: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
+        for name, tensor in base.state_dict().items():
+            parts = name.split(".")
+            ends = (".".join(parts[:end]) for end in range(1, len(parts)))
+            prefix = next((prefix for prefix in ends if prefix in self._layers), None)
+            if prefix is None:
+                self._dense[name] = tensor
+            elif name.startswith(f"{prefix}.base_layer."):  # all else in an adapted module belongs to adapters
+                name = name.replace(".base_layer.", ".", 1)
+                self._dense[name] = tensor
+                if adapter in self._layers[prefix]._all_available_adapter_names():
+                    self._prefixes[name] = prefix
+
+    def __len__(self) -> int:
+        return len(self._dense)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._dense)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._dense
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether the adapter changes this weight."""
+        return name in self._prefixes
+
+    @torch.no_grad()
+    def __getitem__(self, name: str) -> torch.Tensor:
+        prefix = self._prefixes.get(name)
         if prefix is None:
-            merged[name] = tensor
-        elif name.startswith(f"{prefix}.base_layer."):  # all else in an adapted module belongs to adapters
-            merged[name.replace(".base_layer.", ".", 1)] = tensor
-    for prefix, layer in layers.items():
-        if adapter in layer._all_available_adapter_names():
-            layer = copy.deepcopy(layer)
-            layer.merge(adapter_names=[adapter])
-            merged.update({f"{prefix}.{name}": t for name, t in layer.get_base_layer().state_dict().items()})
-    return merged
+            return self._dense[name]
+        if self._last[0] != prefix:  # weight and bias of a module come one after the other
+            layer = copy.deepcopy(self._layers[prefix])
+            layer.merge(adapter_names=[self.adapter])
+            weights = layer.get_base_layer().state_dict().items()
+            self._last = prefix, {f"{prefix}.{key}": tensor for key, tensor in weights}
+        return self._last[1][name]
+
+
+def merged_state_dict(model: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:
+    """All of [`MergedWeights`] at once: a second copy of the adapted weights."""
+    return dict(MergedWeights(model, adapter))

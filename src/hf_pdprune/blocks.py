@@ -11,17 +11,17 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-
-# Config entries that hold one value per block although their names do not say so.
-_PER_BLOCK_ENTRIES = ("layer_types", "mlp_layer_types", "no_rope_layers", "attention_layers", "layers_block_type")
-
-# Attributes in which a block knows its own number; they differ between a block and its renumbered copy by design.
-_BLOCK_NUMBER_ATTRIBUTES = frozenset({"layer_idx", "layer_id", "layer_number", "block_idx", "training"})
+from .shortened_config import check_attention_is_left, num_blocks, shortened_config, text_config_of
 
 
-def num_blocks(config: PreTrainedConfig) -> int:
-    """Number of decoder blocks that a model of this config has."""
-    return config.get_text_config(decoder=True).num_hidden_layers
+# Parameters with a slice for every block (gemma3n, gemma4), by the end of their names: the dimension of the slices.
+_PACKED_PARAMETERS = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
+
+# Attributes that may differ between a block and its renumbered copy: in which a block knows its own number, and
+# whether it keeps KV entries for others (that some block does so for each that reuses them is checked by itself).
+_FREE_ATTRIBUTES = frozenset(
+    {"layer_idx", "layer_id", "layer_number", "block_idx", "training", "store_full_length_kv"}
+)
 
 
 def blocks_path(model: nn.Module) -> str:
@@ -64,7 +64,7 @@ def check_attends_by_mask(model: nn.Module) -> None:
     Raises a `ValueError` unless the blocks' attention depends on which tokens they see by the attention mask alone, so
     that KV entries from the middle can be left out together with their columns of the mask.
     """
-    config = model.config.get_text_config(decoder=True)
+    config = text_config_of(model.config)
     block = get_blocks(model)[0]
     while isinstance(block, BypassedBlock):
         block = block._block
@@ -160,6 +160,7 @@ def bypass_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
     """
     block_list = get_blocks(model)
     numbers = check_block_numbers(blocks, len(block_list), "bypass_blocks")
+    check_kv_is_computed(model.config, numbers)
     if not numbers:
         yield
         return
@@ -174,24 +175,17 @@ def bypass_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
             block_list[number] = block
 
 
-def shortened_config(config: PreTrainedConfig, kept_blocks: Sequence[int]) -> PreTrainedConfig:
-    """
-    The config of the model that has only `kept_blocks`: `num_hidden_layers` and every list with an entry per block.
-
-    Args:
-        config (`PreTrainedConfig`): Config of the model with all blocks; not changed.
-        kept_blocks (`Sequence[int]`): Block numbers, rising.
-    """
-    config = copy.deepcopy(config)
-    text_config = config.get_text_config(decoder=True)
-    total = text_config.num_hidden_layers
-    for name, value in list(vars(text_config).items()):
-        if not isinstance(value, list) or len(value) != total:
+def check_kv_is_computed(config: PreTrainedConfig, missing_blocks: Sequence[int]) -> None:
+    """Raises a `ValueError` if without `missing_blocks` a block would reuse KV entries that no block computes."""
+    text_config = text_config_of(config)
+    modes = getattr(text_config, "kv_sharing_modes", None) or ()
+    for block, mode in enumerate(modes):
+        if mode != "reuse" or block in missing_blocks:
             continue
-        if name in _PER_BLOCK_ENTRIES or "layer" in name:
-            setattr(text_config, name, [value[number] for number in kept_blocks])
-    text_config.num_hidden_layers = len(kept_blocks)
-    return config
+        kind = text_config.layer_types[block]
+        sources = [b for b, m in enumerate(modes) if m == "store" and text_config.layer_types[b] == kind]
+        if not set(sources).isdisjoint(missing_blocks):
+            raise ValueError(f"block {sources[0]} cannot be removed: block {block} reuses the KV entries it computes")
 
 
 def remove_blocks(
@@ -201,7 +195,8 @@ def remove_blocks(
     A model without the given blocks: of the same class, built from the shortened config, so that everything that
     depends on a block's number (cache slots, sliding windows, rotary choices) is what `from_pretrained` will build.
 
-    Its parameters are those of `model`: nothing is copied, and changing one in place changes both. `model` itself
+    Its parameters are those of `model`: nothing is copied, and changing one in place changes both. (But for what
+    gemma3n and gemma4 pack for all blocks into one tensor.) `model` itself
     is left as it was.
 
     Args:
@@ -217,26 +212,41 @@ def remove_blocks(
         `ValueError`: If a number is out of range, if no block would be left, or if the shorter model's blocks are
         built differently from the kept ones (an architecture whose index rules are not known here).
     """
+    shorter, kept = empty_shorter(model, blocks)
+    state = shortened_state_dict(
+        model.state_dict(keep_vars=True) if state_dict is None else state_dict,
+        blocks_path(model),
+        kept,
+        num_blocks(model.config),
+    )
+    shorter.load_state_dict(state, strict=True, assign=True)
+    shorter.tie_weights()
+    return shorter
+
+
+def empty_shorter(model: PreTrainedModel, blocks: Iterable[int]) -> tuple[PreTrainedModel, list[int]]:
+    """
+    The model without `blocks` but without its weights, and the numbers of the blocks that it keeps. Raises what
+    [`remove_blocks`] raises.
+    """
     total = num_blocks(model.config)
     removed = check_block_numbers(blocks, total, "remove_blocks")
     kept = [number for number in range(total) if number not in removed]
     if not kept:
         raise ValueError(f"remove_blocks: all {total} blocks would be removed")
-    path = blocks_path(model)
-    state = shortened_state_dict(model.state_dict(keep_vars=True) if state_dict is None else state_dict, path, kept)
+    check_kv_is_computed(model.config, removed)
+    check_attention_is_left(model.config, kept)
     shorter = empty_like(model, shortened_config(model.config, kept))
     # Compared with an empty dense model, since the blocks of this one may be wrapped (adapters, quantisation).
     check_same_blocks(get_blocks(empty_like(model, copy.deepcopy(model.config))), get_blocks(shorter), kept)
-    shorter.load_state_dict(state, strict=True, assign=True)
-    shorter.tie_weights()
-    return shorter.eval()
+    return shorter.eval(), kept
 
 
 def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class for `config`, with buffers on the model's device and parameters on the meta device."""
     config._attn_implementation = model.config._attn_implementation
     with init_empty_weights(include_buffers=False):
-        empty = type(model)._from_config(config)
+        empty = type(model)._from_config(config, dtype=model.dtype)
     for module in empty.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -246,19 +256,39 @@ def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
 
 
 def shortened_state_dict(
-    state: Mapping[str, torch.Tensor], path: str, kept_blocks: Sequence[int]
+    state: Mapping[str, torch.Tensor], path: str, kept_blocks: Sequence[int], total: int
 ) -> dict[str, torch.Tensor]:
-    """The entries of `state` that a model with only `kept_blocks` has, under that model's names; nothing is copied."""
+    """
+    The entries of `state` that a model with only `kept_blocks` of `total` has, under that model's names. Nothing is
+    copied but what is packed for all blocks.
+    """
+    return {
+        name: shortened_tensor(name, state[dense_name], kept_blocks, total)
+        for name, dense_name in shortened_names(state, path, kept_blocks).items()
+    }
+
+
+def shortened_names(names: Iterable[str], path: str, kept_blocks: Sequence[int]) -> dict[str, str]:
+    """Names of the weights of a model with only `kept_blocks`, each with the name it has in the dense model."""
     new_number = {str(number): str(index) for index, number in enumerate(kept_blocks)}
-    shortened = {}
-    for name, tensor in state.items():
-        if name.startswith(path + "."):
-            number, _, rest = name[len(path) + 1 :].partition(".")
-            if number not in new_number:
-                continue
-            name = f"{path}.{new_number[number]}.{rest}"
-        shortened[name] = tensor
-    return shortened
+    dense_names = {}
+    for name in names:
+        number, dot, rest = name[len(path) + 1 :].partition(".")
+        if not name.startswith(path + "."):
+            dense_names[name] = name
+        elif number in new_number:
+            dense_names[f"{path}.{new_number[number]}{dot}{rest}"] = name
+    return dense_names
+
+
+def shortened_tensor(name: str, tensor: torch.Tensor, kept_blocks: Sequence[int], total: int) -> torch.Tensor:
+    """The weight itself, or a copy of the kept blocks' slices where it is packed for all `total` blocks."""
+    dim = next((dim for end, dim in _PACKED_PARAMETERS.items() if name.endswith(end)), None)
+    if dim is None or len(kept_blocks) == total:
+        return tensor
+    kept = torch.tensor(kept_blocks, device=tensor.device)
+    slices = tensor.detach().unflatten(dim, (total, -1)).index_select(dim, kept).flatten(dim, dim + 1)
+    return nn.Parameter(slices, requires_grad=tensor.requires_grad)
 
 
 def check_same_blocks(dense: Sequence[nn.Module], shorter: Sequence[nn.Module], kept_blocks: Sequence[int]) -> None:
@@ -286,7 +316,7 @@ def _description(block: nn.Module) -> dict[str, Any]:
         description[module_name] = type(module).__name__
         for name, value in vars(module).items():
             plain = isinstance(value, (bool, int, float, str, tuple)) or value is None
-            if plain and not name.startswith("_") and name not in _BLOCK_NUMBER_ATTRIBUTES:
+            if plain and not name.startswith("_") and name not in _FREE_ATTRIBUTES:
                 description[f"{module_name}.{name}".lstrip(".")] = value
     for name, parameter in block.named_parameters():
         description[f"{name} (shape)"] = tuple(parameter.shape)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .plan import PruningPlan
+from .shortened_config import text_config_of
 
 
 _SAMPLED_ROWS = 64
@@ -30,8 +31,9 @@ def model_fingerprint(model: nn.Module) -> str:
     config = model.config
     if getattr(config, "pdprune", None) is not None:
         return PruningPlan.entry_of(config)["fingerprint"]
-    text_config = config.get_text_config(decoder=True)
-    shape = {name: getattr(text_config, name, None) for name in _SHAPE_ENTRIES}
+    text_config = text_config_of(config)
+    entries = text_config.to_dict()  # as attributes, those that differ from block to block raise
+    shape = {name: entries.get(text_config.attribute_map.get(name, name)) for name in _SHAPE_ENTRIES}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
     weight = model.get_input_embeddings().weight.detach()
     rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0])).long()

@@ -17,6 +17,7 @@ from .version import __version__
 
 
 PLAN_FILE_NAME = "pruning_plan.json"
+STAGES = ("prefill", "decode")
 FORMAT_VERSION = 1
 _PLAN_KEYS = (
     "format_version",

@@ -1,10 +1,13 @@
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from hf_pdprune.hub import export_stages, model_card, write_model_cards
+from hf_pdprune.hub.model_card import licence_in
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -47,6 +50,54 @@ def test_results_are_in_the_card():
     assert "| healed | 20.25 | 0.5 | 15.75 | 0.25 |" in card
     for part in ("0.812", "0.688", "5.00 times fewer", "For a prompt of 512 tokens"):
         assert part in card
+
+
+def test_results_are_in_the_metadata():
+    (index,) = front_matter(model_card(PLAN, "decode", "my-model", RESULTS))["model-index"]
+    metrics = {metric["type"]: metric["value"] for result in index["results"] for metric in result["metrics"]}
+    assert index["name"] == "my-model"
+    assert metrics == {
+        "perplexity": 20.25, "kl": 0.5, "ttft_ratio": 0.8125, "tpot_ratio": 0.6875, "kv_reduction": 5.0
+    }  # fmt: skip
+    assert "model-index" not in front_matter(model_card(PLAN, "decode", "my-model"))
+
+
+def test_picture_of_the_plan():
+    card = model_card(PLAN, "decode", "my-model", picture=True)
+    assert "block       012345\nprefill     ##.###\ndecode      ##.#.#\nhanded over wa.a.w\n" in card
+    assert "(pruning_plan.png)" in card and "(pruning_plan.png)" not in model_card(PLAN, "decode", "my-model")
+
+
+def test_how_it_was_found():
+    calibration = {"name": "/home/me/secret/text.jsonl", "examples": 16, "prompt_tokens": 192, "completion_tokens": 32}
+    plan = replace(PLAN, provenance={"calibration": calibration})
+    card = model_card(plan, "decode", "x", {"distillation": {"steps": 150, "losses": [[1, 0.75], [150, 0.25]]}})
+    assert (
+        "chosen on `text.jsonl`: 16 examples of 192 prompt and 32 completion tokens." in card and "secret" not in card
+    )
+    assert "for 150 steps; the loss went from 0.75 to 0.25." in card
+    assert "## Training" not in model_card(PLAN, "decode", "x")
+
+
+def test_card_of_both_stages():
+    where = {stage: ("me/both", stage) for stage in ("prefill", "decode")}
+    card = model_card(PLAN, None, "both", where=where)
+    assert "**prefill and the decode stage**" in card and 'load_stages("me/both")' in card
+    assert card.count("alone, without hf_pdprune") == 2 and {"prefill", "decode"} <= set(front_matter(card)["tags"])
+
+
+def test_licence_is_taken_over(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    (tmp_path / "dense" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    export_stages(model, PruningPlan.empty(model, "tiny"), tmp_path / "pair")
+    for results in (None, RESULTS):
+        if results:
+            write_model_cards(tmp_path / "pair", results)
+        card = (tmp_path / "pair" / "decode" / "README.md").read_text()
+        assert front_matter(card)["license"] == "apache-2.0" and "licence (apache-2.0)" in card
+    (tmp_path / "no").write_text("---\n: [\n---\n")
+    assert licence_in(tmp_path / "no") is None and licence_in(tmp_path / "missing") is None
 
 
 def test_local_path_is_not_published(tmp_path):

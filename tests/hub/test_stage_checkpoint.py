@@ -205,8 +205,8 @@ def stage_contents(folder):
     return [contents(folder / stage) for stage in ("prefill", "decode")]
 
 
-# 1 to 3 write plans; 4 to 7 put prefill aside, the new one in its place, and then the same for decode
-@pytest.mark.parametrize("failing_call", range(1, 8))
+# 1 to 9 write the files of both stages; 10 to 13 put prefill aside, the new one in its place, and the same for decode
+@pytest.mark.parametrize("failing_call", range(1, 14))
 def test_exception_in_a_renaming_leaves_the_old_pair(tiny_llama, tmp_path, monkeypatch, failing_call):
     plan = plan_of(tiny_llama)
     export_stages(tiny_llama, plan, tmp_path)
@@ -292,7 +292,7 @@ for parameter in model.parameters():
 export_stages(model, plan, folder + "/pair")
 """
     outcomes = []
-    for fatal in (4, 5, 6):  # before the first renaming, after it, after the second
+    for fatal in (10, 11, 12):  # before the first renaming, after it, after the second
         shutil.rmtree(tmp_path / "pair", ignore_errors=True)
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(fatal)], capture_output=True)
         assert done.returncode == 9, done.stderr.decode()[-2000:]

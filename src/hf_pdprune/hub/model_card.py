@@ -6,13 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..artefact_file import write_artefact
-from ..plan import PruningPlan
+from ..plan import STAGES, PruningPlan
 from ..version import __version__
 
 
+PICTURE_FILE_NAME = "pruning_plan.png"
+RESULTS_FILE_NAME = "results.json"
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TAGS = ("hf_pdprune", "pruned", "prefill-decode-disaggregation", "arxiv:2509.04467")
 _ROLES = {
@@ -23,49 +25,73 @@ _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DEFAULT_PROMPT_TOKENS = 1024
 
 
-def model_card(plan: PruningPlan, stage: str, name: str, results: Mapping[str, Any] | None = None) -> str:
+def model_card(
+    plan: PruningPlan,
+    stage: str | None,
+    name: str,
+    results: Mapping[str, Any] | None = None,
+    where: Mapping[str, tuple[str, str]] | None = None,
+    licence: str | None = None,
+    picture: bool = False,
+) -> str:
     """
     The text of a stage's model card.
 
     Args:
         plan ([`PruningPlan`]): The plan.
-        stage (`str`): `"prefill"` or `"decode"`.
+        stage (`str` or `None`): `"prefill"` or `"decode"`; `None` for the card of a repo that holds both.
         name (`str`): Title of the card.
         results (`Mapping`, *optional*): What `results.json` holds; a part that is missing is left out.
+        where (`Mapping[str, tuple[str, str]]`, *optional*): Repo and subfolder of each stage, for the usage code.
+        licence (`str`, *optional*): Licence of the dense model, by its name on the Hub.
+        picture (`bool`, defaults to `False`): Whether `pruning_plan.png` lies beside the card.
     """
-    is_repo_id = _REPO_ID.fullmatch(plan.base_model) is not None and not os.path.exists(plan.base_model)
+    is_repo = is_repo_id(plan.base_model)
     results = results or {}
     prompt_tokens = results.get("kv", {}).get("prompt_tokens", _DEFAULT_PROMPT_TOKENS)
     card_data = ModelCardData(
         # A local path would say nothing to others, and too much about the machine.
-        base_model=plan.base_model if is_repo_id else None,
+        base_model=plan.base_model if is_repo else None,
+        license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, stage],
+        tags=[*TAGS, *(STAGES if stage is None else (stage,))],
+        model_name=name,
+        eval_results=_eval_results(results) or None,
     )
     token_aware = [block for block in plan.kv.token_aware_blocks if block not in plan.decode.missing_blocks]
     parts = {}
-    for part in ("prefill", "decode"):
+    for part in STAGES:
         parts[f"{part}_removed"] = _numbers(plan.stage(part).removed_blocks)
         parts[f"{part}_merged"] = _numbers(plan.stage(part).merged_blocks)
         parts[f"{part}_kept"] = len(plan.kept_blocks(part))
+    if where is None:
+        where = {part: (f"path/to/folder/{part}", "") for part in STAGES}
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
         name=name,
         stage=stage,
-        role=_ROLES[stage],
-        base_model=f"`{plan.base_model if is_repo_id else Path(plan.base_model).name}`",
+        role=_ROLES.get(stage),
+        base_model=f"`{plan.base_model if is_repo else Path(plan.base_model).name}`",
+        licence=licence,
         model_type=plan.model_type,
         version=__version__,
         total=plan.num_hidden_layers,
-        kept=plan.kept_blocks(stage),
+        kept=plan.kept_blocks(stage) if stage else (),
+        block_map=_block_map(plan),
+        picture=PICTURE_FILE_NAME if picture else None,
         token_aware=token_aware and _numbers(token_aware),
         first_tokens=plan.kv.first_tokens,
         last_tokens=plan.kv.last_tokens,
         kv_prompt_tokens=prompt_tokens,
         kv_reduction=plan.kv_reduction(prompt_tokens),
+        training=_training(plan, results),
         results_table=_results_table(results),
+        pair=_pair_source(where),
+        alone=[(part, *where[part]) for part in STAGES if stage in (None, part)],
+        tokenizer=", ".join(_arguments(*where["prefill"])),
+        arguments={part: ", ".join(_arguments(*where[part])) for part in STAGES},
         **parts,
     )
     return str(card).rstrip() + "\n"
@@ -80,12 +106,100 @@ def write_model_cards(output_dir: str | os.PathLike, results: Mapping[str, Any])
         results (`Mapping`): What `results.json` holds.
     """
     plan = PruningPlan.from_pretrained(output_dir)
-    for stage in ("prefill", "decode"):
-        write_artefact(Path(output_dir) / stage / "README.md", model_card(plan, stage, stage, results))
+    for stage in STAGES:
+        path = Path(output_dir) / stage / "README.md"
+        write_artefact(path, model_card(plan, stage, stage, results, licence=licence_in(path)))
+
+
+def licence_in(path: str | os.PathLike) -> str | None:
+    """The licence that a model card (a file) states, if there is one."""
+    path = Path(path)
+    if not path.is_file() or not path.read_text(encoding="utf-8", errors="replace").startswith("---"):
+        return None
+    try:
+        return ModelCard.load(str(path)).data.get("license")
+    except ValueError:  # metadata that is no YAML
+        return None
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether a name can be a repo on the Hub, and is no path here."""
+    return _REPO_ID.fullmatch(name) is not None and not os.path.exists(name)
+
+
+def _pair_source(where: Mapping[str, tuple[str, str]]) -> str:
+    """What [`load_stages`] takes for the pair."""
+    path, subfolder = where["prefill"]
+    return path if subfolder else path[: -len("-prefill")]  # "-prefill" or "/prefill"
+
+
+def _arguments(path: str, subfolder: str) -> list[str]:
+    return [f'"{path}"'] + ([f'subfolder="{subfolder}"'] if subfolder else [])
 
 
 def _numbers(values: Sequence[Any]) -> str:
     return ", ".join(str(value) for value in values) or "none"
+
+
+def _block_map(plan: PruningPlan) -> str:
+    """The plan as a picture of characters, one column per block of the dense model."""
+    blocks = range(plan.num_hidden_layers)
+    prefill, decode = set(plan.prefill.missing_blocks), set(plan.decode.missing_blocks)
+    handed = {True: "w", False: "a"}
+    rows = {
+        "": "".join(str(block // 10) if block % 10 == 0 else " " for block in blocks),
+        "block": "".join(str(block % 10) for block in blocks),
+        "prefill": "".join("." if block in prefill else "#" for block in blocks),
+        "decode": "".join("." if block in decode else "#" for block in blocks),
+        "handed over": "".join(
+            "." if block in decode else handed[block in plan.kv.token_aware_blocks] for block in blocks
+        ),
+    }
+    return "\n".join(f"{title:12}{row}".rstrip() for title, row in rows.items())
+
+
+def _training(plan: PruningPlan, results: Mapping[str, Any]) -> list[str]:
+    """What is known of how plan and weights were found, a sentence each."""
+    lines = []
+    calibration = plan.provenance.get("calibration")
+    if isinstance(calibration, Mapping):
+        name = Path(str(calibration.get("name"))).name  # of a local file only the last part
+        name = str(calibration.get("name")) if is_repo_id(str(calibration.get("name"))) else name
+        lines.append(
+            f"The blocks were chosen on `{name}`: {calibration.get('examples')} examples of "
+            f"{calibration.get('prompt_tokens')} prompt and {calibration.get('completion_tokens')} completion tokens."
+        )
+    distillation = results.get("distillation")
+    if isinstance(distillation, Mapping) and "steps" in distillation:
+        line = f"The stages were distilled from the base model for {distillation['steps']} steps"
+        losses = distillation.get("losses") or []
+        lines.append(line + (f"; the loss went from {losses[0][1]:.3g} to {losses[-1][1]:.3g}." if losses else "."))
+    return lines
+
+
+def _eval_results(results: Mapping[str, Any]) -> list[EvalResult]:
+    """The results as the model-index of the card's metadata takes them."""
+    quality = results.get("quality", {})
+    row = next((quality[name] for name in ("healed", "unhealed") if name in quality), {})
+    values = {
+        "perplexity": ("Perplexity, token-aware cache", row.get("perplexity")),
+        "kl": ("KL to the base model, token-aware cache", row.get("kl")),
+        "ttft_ratio": ("Time to first token / base model's", results.get("speed", {}).get("ttft_ratio")),
+        "tpot_ratio": ("Time per output token / base model's", results.get("speed", {}).get("tpot_ratio")),
+        "kv_reduction": ("KV bytes of the base model / handed over", results.get("kv", {}).get("ratio")),
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="text",
+            dataset_name="held-out text",
+            metric_type=kind,
+            metric_name=title,
+            metric_value=round(value, 4),
+        )
+        for kind, (title, value) in values.items()
+        if value is not None
+    ]
 
 
 def _results_table(results: Mapping[str, Any]) -> str:

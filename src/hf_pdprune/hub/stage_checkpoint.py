@@ -1,31 +1,27 @@
-"""Stage checkpoints: ordinary transformers checkpoints of the prefill and the decode stage."""
+"""Writes stage checkpoints: ordinary transformers checkpoints of the prefill and the decode stage."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import adapter_parameters, merged_state_dict
-from ..blocks import remove_blocks
+from ..adapters import MergedWeights, adapter_parameters
+from ..blocks import blocks_path, empty_shorter, shortened_names, shortened_tensor
 from ..fingerprint import combined_fingerprint, model_fingerprint
-from ..inference import DecodeStage, PrefillStage
-from ..plan import PLAN_FILE_NAME, PruningPlan
+from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
 from .folder_swap import FolderSwap, naming_folder
-from .model_card import model_card
+from .model_card import licence_in, model_card
+from .shard_writer import DEFAULT_SHARD_SIZE, write_shards
 
 
-STAGES = ("prefill", "decode")
-
-
-def build_stage(
-    model: nn.Module, plan: PruningPlan, stage: str, adapter: str | None = None, fingerprint: str | None = None
-) -> PreTrainedModel:
+class StageBuilder:
     """
-    The model of one stage: without the blocks that it does not run, with what its adapter has learned merged into the
-    weights. Weights without an adapter are those of `model`, not copies; `model` itself is left as it was.
+    Makes the model of one stage: without the blocks that it does not run, with what its adapter has learned merged
+    into the weights. The dense model is left as it is.
 
     Args:
         model (`nn.Module`): The dense model, wrapped by peft or not.
@@ -37,44 +33,80 @@ def build_stage(
     Raises:
         `ValueError`: If the model is not the plan's dense model, has no such adapter, or cannot do without the blocks.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if getattr(base.config, "pdprune", None) is not None:
-        raise ValueError(f"the model is a {base.config.pdprune.get('stage')} stage already; export the dense model")
-    plan.blocks_of(base.config)
-    if fingerprint is None:
-        fingerprint = pair_fingerprint(model, [] if adapter is None else [adapter])
-    state_dict = merged_state_dict(model, adapter)
-    _check_tied_weights(base, state_dict)
-    shorter = remove_blocks(base, plan.stage(stage).missing_blocks, state_dict)
-    # A model loaded from a quantised file (GGUF) has plain weights, but its config would say otherwise.
-    if hasattr(shorter.config, "quantization_config"):
-        del shorter.config.quantization_config
-    shorter.config.pdprune = plan.config_entry(stage, fingerprint)
-    return shorter
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        stage: str,
+        adapter: str | None = None,
+        fingerprint: str | None = None,
+    ):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(base.config, "pdprune", None) is not None:
+            raise ValueError(
+                f"the model is a {base.config.pdprune.get('stage')} stage already; export the dense model"
+            )
+        plan.blocks_of(base.config)
+        if fingerprint is None:
+            fingerprint = pair_fingerprint(model, [] if adapter is None else [adapter])
+        self.merged = MergedWeights(model, adapter)
+        _check_tied_weights(base, self.merged)
+        # Without weights: they are handed over one by one.
+        self.empty, self._kept = empty_shorter(base, plan.stage(stage).missing_blocks)
+        # A model loaded from a quantised file (GGUF) has plain weights, but its config would say otherwise.
+        if hasattr(self.empty.config, "quantization_config"):
+            del self.empty.config.quantization_config
+        self.empty.config.pdprune = plan.config_entry(stage, fingerprint)
+        self._total = plan.num_hidden_layers
+        self._dense_names = shortened_names(self.merged, blocks_path(base), self._kept)
+
+    def weights(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """By name, a function that computes the weight."""
+        return {name: partial(self._weight, name, dense_name) for name, dense_name in self._dense_names.items()}
+
+    def _weight(self, name: str, dense_name: str) -> torch.Tensor:
+        return shortened_tensor(name, self.merged[dense_name], self._kept, self._total)
+
+    def build(self) -> PreTrainedModel:
+        """The stage's model in memory. Weights without an adapter are those of the dense model, not copies."""
+        self.empty.load_state_dict({name: make() for name, make in self.weights().items()}, strict=True, assign=True)
+        self.empty.tie_weights()
+        return self.empty
 
 
-def _check_tied_weights(model: PreTrainedModel, state_dict: Mapping[str, Any]) -> None:
+def build_stage(
+    model: nn.Module, plan: PruningPlan, stage: str, adapter: str | None = None, fingerprint: str | None = None
+) -> PreTrainedModel:
+    """The model of one stage in memory; see [`StageBuilder`]."""
+    return StageBuilder(model, plan, stage, adapter, fingerprint).build()
+
+
+def _check_tied_weights(model: PreTrainedModel, merged: MergedWeights) -> None:
     """Raises a `ValueError` where an adapter has changed one of two tied weights: a checkpoint holds only one."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = name.replace(".base_layer.", ".")
-        if name in state_dict:  # else it belongs to an adapter
+        if name in merged:  # else it belongs to an adapter
             groups.setdefault(id(parameter), []).append(name)
-    for first, *others in groups.values():
-        for name in others:
-            if state_dict[name].data_ptr() != state_dict[first].data_ptr():
-                raise ValueError(f"an adapter changes one of the tied weights {first} and {name}; untie them first")
+    for names in groups.values():
+        adapted = [name for name in names if merged.is_adapted(name)]
+        if adapted and len(names) > 1:
+            raise ValueError(f"an adapter changes one of the tied weights {' and '.join(names)}; untie them first")
 
 
 def pair_fingerprint(model: nn.Module, adapters: list[str]) -> str:
-    """The fingerprint that both stages of a pair carry: of the dense model and of what its adapters have learned."""
-    fingerprint = model_fingerprint(model)
+    """
+    The fingerprint that both stages of a pair carry: of a sample of every weight of the dense model, and of what its
+    adapters have learned.
+    """
+    sampled = dict(MergedWeights(model, None))
     for adapter in adapters:
         parameters = adapter_parameters(model, adapter)
         if not parameters:
             raise ValueError(f"the model has no adapter {adapter!r}")
-        fingerprint = combined_fingerprint(fingerprint, parameters)
-    return fingerprint
+        sampled |= parameters
+    return combined_fingerprint(model_fingerprint(model), sampled)
 
 
 def export_stage(
@@ -86,6 +118,7 @@ def export_stage(
     tokenizer: PreTrainedTokenizerBase | None = None,
     fingerprint: str | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Path:
     """
     Writes one stage into `output_dir` as an ordinary checkpoint: config, safetensors, generation config, tokenizer,
@@ -100,6 +133,8 @@ def export_stage(
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
         fingerprint (`str`, *optional*): What both stages of a pair share. Default: that of model and adapter.
         overwrite (`bool`, defaults to `False`): Whether a checkpoint of another plan may be replaced.
+        max_shard_size (`int` or `str`, defaults to `"2GB"`): Size of a weight file. Beside the dense model, one shard
+            and its serialised copy are in memory.
 
     Raises:
         `ValueError`: If the folder holds another plan, or what is no stage checkpoint.
@@ -108,8 +143,8 @@ def export_stage(
     folder = Path(output_dir)
     with FolderSwap(folder) as swap:
         _check_replaceable(folder, plan, overwrite)
-        stage_model = build_stage(model, plan, stage, adapter, fingerprint)
-        _write_stage(swap, folder, stage_model, plan, tokenizer)
+        builder = StageBuilder(model, plan, stage, adapter, fingerprint)
+        _write_stage(swap, folder, builder, plan, tokenizer, max_shard_size)
     return folder
 
 
@@ -120,6 +155,7 @@ def export_stages(
     adapters: Mapping[str, str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
 ) -> Path:
     """
     Writes `<output_dir>/prefill`, `<output_dir>/decode` and `<output_dir>/pruning_plan.json`. Both stages are written
@@ -132,6 +168,8 @@ def export_stages(
         adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each stage.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
         overwrite (`bool`, defaults to `False`): Whether a pair of another plan may be replaced.
+        max_shard_size (`int` or `str`, defaults to `"2GB"`): Size of a weight file. Beside the dense model, one shard
+            and its serialised copy are in memory.
 
     Raises:
         `ValueError`: If the folder holds another plan, or where a stage belongs there is what is no stage checkpoint.
@@ -148,9 +186,8 @@ def export_stages(
             _check_replaceable(folder, plan, overwrite, is_pair=folder == output_dir)
         fingerprint = pair_fingerprint(model, [adapters[stage] for stage in STAGES if stage in adapters])
         for stage, folder in folders.items():
-            stage_model = build_stage(model, plan, stage, adapters.get(stage), fingerprint)
-            _write_stage(swap, folder, stage_model, plan, tokenizer)
-            del stage_model  # before the merged weights of the next one are made
+            builder = StageBuilder(model, plan, stage, adapters.get(stage), fingerprint)
+            _write_stage(swap, folder, builder, plan, tokenizer, max_shard_size)
         with naming_folder(output_dir):
             plan.save_pretrained(output_dir)
     return output_dir
@@ -159,17 +196,20 @@ def export_stages(
 def _write_stage(
     swap: FolderSwap,
     folder: Path,
-    stage_model: PreTrainedModel,
+    builder: StageBuilder,
     plan: PruningPlan,
     tokenizer: PreTrainedTokenizerBase | None,
+    max_shard_size: int | str,
 ) -> None:
     with swap.writing(folder) as new:
-        stage_model.save_pretrained(new)
+        write_shards(builder.empty, builder.weights(), new, max_shard_size)
         plan.save_pretrained(new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-        stage = stage_model.config.pdprune["stage"]
-        (new / "README.md").write_text(model_card(plan, stage, folder.name), encoding="utf-8")
+        stage = builder.empty.config.pdprune["stage"]
+        dense_folder = builder.empty.config._name_or_path  # or a repo id, or nothing
+        licence = licence_in(Path(dense_folder) / "README.md") if dense_folder else None
+        (new / "README.md").write_text(model_card(plan, stage, folder.name, licence=licence), encoding="utf-8")
 
 
 def _check_replaceable(folder: Path, plan: PruningPlan, overwrite: bool, is_pair: bool = False) -> None:
@@ -187,43 +227,3 @@ def _check_replaceable(folder: Path, plan: PruningPlan, overwrite: bool, is_pair
             )
     elif not is_pair and folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds files but no {PLAN_FILE_NAME}: it is not a stage checkpoint to replace")
-
-
-def load_stages(folder: str | os.PathLike, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
-    """
-    Both stages of a pair, after checking that they belong together.
-
-    Args:
-        folder (`str`): What [`export_stages`] wrote.
-        model_kwargs: For `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, ...).
-
-    Raises:
-        `FileNotFoundError`: If the folder has no plan or lacks a stage.
-        `ValueError`: If the stages and the plan are not of one export.
-    """
-    folder = Path(folder)
-    plan = PruningPlan.from_pretrained(folder)
-    fingerprints = []
-    for stage in STAGES:  # before any weights are read
-        if not (folder / stage / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no {stage} stage: there is no {stage}/config.json")
-        config = AutoConfig.from_pretrained(folder / stage)
-        if getattr(config, "pdprune", None) is None:
-            raise ValueError(f"{folder / stage} is not a stage checkpoint: its config has no entry pdprune")
-        entry = plan.entry_of(config)
-        if entry["stage"] != stage:
-            raise ValueError(f"{folder / stage} holds a {entry['stage']} stage")
-        there = PruningPlan.from_config(config)
-        if there.digest != plan.digest:
-            raise ValueError(
-                f"{folder / stage} was exported with another plan ({there.digest[:8]}) than the one in {folder} "
-                f"({plan.digest[:8]}); an interrupted export leaves this, exporting again repairs it"
-            )
-        fingerprints.append(entry["fingerprint"])
-    if fingerprints[0] != fingerprints[1]:
-        raise ValueError(
-            f"the stages in {folder} are not of one pair: they were exported from different models or adapters; an "
-            "interrupted export leaves this, exporting again repairs it"
-        )
-    models = [AutoModelForCausalLM.from_pretrained(folder / stage, **model_kwargs).eval() for stage in STAGES]
-    return PrefillStage(models[0], plan), DecodeStage(models[1], plan)

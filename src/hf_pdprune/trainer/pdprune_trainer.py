@@ -22,7 +22,7 @@ from trl.trainer.utils import create_model_from_path
 from ..adapters import adapter_parameters
 from ..blocks import blocks_path
 from ..data import PromptCompletionCollator
-from ..hub import export_stages
+from ..hub import export_stages, push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
 from ..plan import PruningPlan
 from .callbacks import BlockRemovalCallback
@@ -250,6 +250,36 @@ class PDPruneTrainer(SFTTrainer):
                 adapters={stage: stage for stage in STAGES},
                 tokenizer=self.processing_class,
             )
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, str] | None:
+        """
+        Exports the stages to `output_dir` and puts them on the Hub under `hub_model_id` (default: the folder's name);
+        see [`push_stages_to_hub`], which takes `kwargs` (`subfolders`, `collection`).
+
+        Raises:
+            `ValueError`: If `blocking=False`: an export must not change while it is uploaded.
+        """
+        if not blocking:
+            raise ValueError("push_to_hub of PDPruneTrainer has no blocking=False")
+        self.save_model(self.args.output_dir)
+        if not self.args.should_save:
+            return None
+        return push_stages_to_hub(
+            self.args.output_dir,
+            self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
+            private=self.args.hub_private_repo,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+            token=token or self.args.hub_token,
+            **kwargs,
+        )
 
 
 @contextmanager

@@ -1,0 +1,97 @@
+"""Adapters alone: what distillation learned, without the dense weights."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from torch import nn
+
+from ..artefact_file import read_json
+from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
+from .folder_swap import FolderSwap, naming_folder
+
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_adapters(
+    model: PeftModel, plan: PruningPlan, output_dir: str | os.PathLike, adapters: Mapping[str, str] | None = None
+) -> Path:
+    """
+    Writes `<output_dir>/prefill`, `<output_dir>/decode` (ordinary peft adapters) and `<output_dir>/pruning_plan.json`:
+    some hundredths of what the stages would take. What [`PDPruneTrainer`] leaves in its checkpoints is the same.
+
+    Args:
+        model (`PeftModel`): The dense model with its adapters.
+        plan ([`PruningPlan`]): The plan.
+        output_dir (`str`): The folder.
+        adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each stage. Default: the stage's own name.
+
+    Raises:
+        `ValueError`: If the model has no such adapter.
+        `OSError`: If it cannot be written; what was there before is still there.
+    """
+    adapters = dict(adapters or {stage: stage for stage in STAGES})
+    there = getattr(model, "peft_config", {})
+    for stage, adapter in adapters.items():
+        plan.stage(stage)
+        if adapter not in there:
+            raise ValueError(f"the model has no adapter {adapter!r}")
+    folder = Path(output_dir)
+    with FolderSwap(*(folder / stage for stage in adapters)) as swap:
+        for stage, adapter in adapters.items():
+            with swap.writing(folder / stage) as new:
+                model.save_pretrained(new, selected_adapters=[adapter], safe_serialization=True)
+                if adapter != "default":  # peft puts it into a folder of its own
+                    for path in (new / adapter).iterdir():
+                        path.replace(new / path.name)
+                    (new / adapter).rmdir()
+        with naming_folder(folder):
+            plan.save_pretrained(folder)
+    return folder
+
+
+def load_adapters(model: nn.Module, folder: str | os.PathLike) -> tuple[nn.Module, PruningPlan, dict[str, str]]:
+    """
+    Puts the adapters of a folder on the dense model.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The dense model; it is changed.
+        folder (`str`): What [`save_adapters`] wrote, or a checkpoint of [`PDPruneTrainer`].
+
+    Returns:
+        `tuple`: The model with the adapters, the plan, and the name of each stage's adapter (a stage without one is
+        missing).
+
+    Raises:
+        `FileNotFoundError`: If the folder holds no plan or no adapters.
+        `ValueError`: If the plan is of another model, or a file is not what it must be.
+    """
+    folder = Path(folder)
+    plan = PruningPlan.from_pretrained(folder)
+    plan.blocks_of(model.config)  # raises if the plan is of another model
+    names = {stage: stage for stage in STAGES if (folder / stage / _CONFIG).is_file()}
+    if not names:
+        raise FileNotFoundError(f"{folder} has a {PLAN_FILE_NAME} but no prefill/{_CONFIG} or decode/{_CONFIG}")
+    configs = {stage: _checked_config(folder / stage) for stage in names}
+    for number, (stage, config) in enumerate(configs.items()):
+        if number == 0:
+            model = PeftModel.from_pretrained(model, folder / stage, adapter_name=stage, config=config)
+        else:
+            model.load_adapter(folder / stage, adapter_name=stage)
+    return model.eval(), plan, names
+
+
+def _checked_config(folder: Path) -> PeftConfig:
+    """The config of an adapter; a `ValueError` where it is no LoRA of layers, or its weights would be unpickled."""
+    if not (folder / _WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder} has no {_WEIGHTS}; adapters in other formats are not read")
+    data = read_json(folder / _CONFIG)
+    kind = data.get("peft_type") if isinstance(data, dict) else None
+    if kind != "LORA":
+        raise ValueError(f"{folder / _CONFIG}: peft_type must be LORA, got {kind!r}")
+    for key in ("modules_to_save", "trainable_token_indices", "auto_mapping"):
+        if data.get(key):
+            raise ValueError(f"{folder / _CONFIG}: {key} is not supported")
+    return LoraConfig.from_pretrained(folder)

@@ -1,0 +1,170 @@
+"""Loads both stages of a pair, from checkpoints or from adapters on the dense model, after checking what is loaded."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+from ..artefact_file import read_json
+from ..inference import DecodeStage, PrefillStage
+from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
+from .adapter_checkpoint import load_adapters
+from .stage_checkpoint import pair_fingerprint
+
+
+# Arguments of from_pretrained that say where files come from, not how the model is built.
+_HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
+
+
+@dataclass(frozen=True)
+class StageLocation:
+    """
+    Where a stage checkpoint is.
+
+    Args:
+        path (`str`): Folder or repo id.
+        subfolder (`str`): Folder inside it.
+    """
+
+    path: str
+    subfolder: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}/{self.subfolder}".rstrip("/")
+
+
+def stage_locations(source: str | os.PathLike, **hub_kwargs: Any) -> tuple[PruningPlan, dict[str, StageLocation]]:
+    """
+    Where the stages of a pair are: in a folder that [`export_stages`] wrote, in one repo with a folder for each, or in
+    a repo for each (`<source>-prefill` and `<source>-decode`).
+
+    Args:
+        source (`str`): Folder or repo id.
+        hub_kwargs: `revision`, `token`, `cache_dir` and so on.
+
+    Raises:
+        `FileNotFoundError`: If there is no pair, or a stage of it is missing.
+        `ValueError`: If the plan there is not valid.
+    """
+    if os.path.isdir(source):
+        plan = PruningPlan.from_pretrained(source)
+        for stage in STAGES:
+            if not (Path(source) / stage / "config.json").is_file():
+                raise FileNotFoundError(f"{source} has no {stage} stage: there is no {stage}/config.json")
+        return plan, {stage: StageLocation(str(Path(source) / stage)) for stage in STAGES}
+    try:
+        plan = PruningPlan.from_pretrained(source, **hub_kwargs)
+        return plan, {stage: StageLocation(str(source), stage) for stage in STAGES}
+    except FileNotFoundError:
+        pass
+    try:
+        plan = PruningPlan.from_pretrained(f"{source}-{STAGES[0]}", **hub_kwargs)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{source} is no pair of stages: no folder with a {PLAN_FILE_NAME}, no repo that has one, and no repos "
+            f"{source}-prefill and {source}-decode"
+        ) from error
+    return plan, {stage: StageLocation(f"{source}-{stage}") for stage in STAGES}
+
+
+def check_pair(plan: PruningPlan, locations: Mapping[str, StageLocation], **hub_kwargs: Any) -> None:
+    """
+    Checks the configs of a pair, before any weights are read.
+
+    Raises:
+        `ValueError`: If the stages and the plan are not of one export, or a config or index is not as it must be.
+    """
+    fingerprints = []
+    for stage, location in locations.items():
+        config = AutoConfig.from_pretrained(
+            location.path, subfolder=location.subfolder, trust_remote_code=False, **hub_kwargs
+        )
+        fingerprints.append(_check_stage(plan, stage, location.name, config))
+        _check_index(location, **hub_kwargs)
+    if fingerprints[0] != fingerprints[1]:
+        where = " and ".join(location.name for location in locations.values())
+        raise ValueError(
+            f"the stages in {where} are not of one pair: they were exported from different models or adapters; an "
+            "interrupted export leaves this, exporting again repairs it"
+        )
+
+
+def _check_stage(plan: PruningPlan, stage: str, name: str, config: PreTrainedConfig) -> str:
+    """The fingerprint of a stage's config, or a `ValueError`."""
+    if getattr(config, "pdprune", None) is None:
+        raise ValueError(f"{name} is not a stage checkpoint: its config has no entry pdprune")
+    entry = plan.entry_of(config)
+    if entry["stage"] != stage:
+        raise ValueError(f"{name} holds a {entry['stage']} stage")
+    there = PruningPlan.from_config(config)
+    if there.digest != plan.digest:
+        raise ValueError(
+            f"{name} was exported with another plan ({there.digest[:8]}) than the one of the pair "
+            f"({plan.digest[:8]}); an interrupted export leaves this, exporting again repairs it"
+        )
+    plan.blocks_of(config)
+    return entry["fingerprint"]
+
+
+def _check_index(location: StageLocation, **hub_kwargs: Any) -> None:
+    """Raises a `ValueError` if the index of the weight files names anything but safetensors files beside it."""
+    path = cached_file(
+        location.path,
+        SAFE_WEIGHTS_INDEX_NAME,
+        subfolder=location.subfolder,
+        _raise_exceptions_for_missing_entries=False,
+        **hub_kwargs,
+    )
+    if path is None:
+        return
+    index = read_json(path)
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(f"{location.name}: {SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
+    for name in set(names.values()):
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{location.name}: {SAFE_WEIGHTS_INDEX_NAME} names {name!r}, no safetensors file beside it"
+            )
+
+
+def load_stages(
+    source: str | os.PathLike, adapters: str | os.PathLike | None = None, **model_kwargs: Any
+) -> tuple[PrefillStage, DecodeStage]:
+    """
+    Both stages of a pair, after checking that they belong together.
+
+    Args:
+        source (`str`): What [`export_stages`] wrote, or the repo id under which [`push_stages_to_hub`] put it. With
+            `adapters`: the dense model, folder or repo id.
+        adapters (`str`, *optional*): What [`save_adapters`] wrote. Both stages are then views of one copy of the dense
+            weights, and switch adapters and blocks when they run.
+        model_kwargs: For `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, `revision`, ...). Remote code
+            is not run unless `trust_remote_code=True`, which is for a dense model.
+
+    Raises:
+        `FileNotFoundError`: If there is no plan, or a stage is missing.
+        `ValueError`: If the stages and the plan are not of one export; if the adapters are of another model.
+    """
+    model_kwargs = {"trust_remote_code": False, "use_safetensors": True, **model_kwargs}
+    if adapters is not None:
+        model = AutoModelForCausalLM.from_pretrained(source, **model_kwargs).eval()
+        model, plan, names = load_adapters(model, adapters)
+        stages = (PrefillStage(model, plan, names.get("prefill")), DecodeStage(model, plan, names.get("decode")))
+        fingerprint = pair_fingerprint(model, list(names.values()))
+        for stage in stages:  # of this training, and the same as in an export of it
+            stage.fingerprint = fingerprint
+        return stages
+    hub_kwargs = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
+    plan, locations = stage_locations(source, **hub_kwargs)
+    check_pair(plan, locations, **hub_kwargs)
+    models = [
+        AutoModelForCausalLM.from_pretrained(location.path, subfolder=location.subfolder, **model_kwargs).eval()
+        for location in locations.values()
+    ]
+    return PrefillStage(models[0], plan), DecodeStage(models[1], plan)

@@ -1,0 +1,62 @@
+import json
+
+import pytest
+import torch
+
+from hf_pdprune.hub import export_stages, load_stages
+from hf_pdprune.plan import PruningPlan, StagePlan
+
+
+@pytest.fixture
+def pair(tiny_llama, tmp_path):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)))
+    return export_stages(tiny_llama, plan, tmp_path / "pair", max_shard_size="150KB")
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize("name", ["../../other.safetensors", "/tmp/other.safetensors", "model.bin", 3, ""])
+def test_file_names_of_an_index_stay_in_the_folder(pair, name):
+    edit(pair / "decode" / "model.safetensors.index.json", lambda data: data["weight_map"].update({"x": name}))
+    with pytest.raises(ValueError, match="no safetensors file beside it"):
+        load_stages(pair)
+
+
+def test_pickled_weights_are_not_read(pair):
+    for path in (pair / "decode").glob("*.safetensors*"):
+        path.unlink()
+    torch.save({}, pair / "decode" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_stages(pair)
+
+
+def test_remote_code_is_not_run(pair):
+    (pair / "decode" / "evil.py").write_text("raise SystemExit('ran')")
+    edit(pair / "decode" / "config.json", lambda data: data.update(auto_map={"AutoConfig": "evil.C"}))
+    load_stages(pair)  # the architecture's own class
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data["pdprune"].update(extra=1), "unknown key 'extra'"),
+        (lambda data: data["pdprune"]["plan"].update(num_hidden_layers="6"), "num_hidden_layers"),
+        (lambda data: data.update(num_hidden_layers=5), "blocks"),
+    ],
+)
+def test_configs_are_checked_before_weights_are_read(pair, change, message):
+    edit(pair / "decode" / "config.json", change)
+    for path in (pair / "decode").glob("*.safetensors"):
+        path.write_bytes(b"no weights")
+    with pytest.raises(ValueError, match=message):
+        load_stages(pair)
+
+
+def test_no_pair_on_the_hub_either(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(FileNotFoundError, match="no repos me/x-prefill and me/x-decode"):
+        load_stages("me/x", local_files_only=True)
