@@ -12,10 +12,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..blocks import check_attends_by_mask
 from ..plan import PruningPlan
 from .forward_hooks import ForwardHooks
-from .kv_payload import KVPayload, PayloadError
+from .kv_payload import KVPayload
 from .prompt_window import PromptWindow
 from .reserved_layer import ReservedLayer
 from .token_aware_layer import TokenAwareLayer
+from .wire_format import PayloadError
 
 
 class TokenAwareCache(Cache):
