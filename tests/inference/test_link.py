@@ -54,7 +54,7 @@ def test_frames_arrive_as_they_were_sent_at_the_links_pace():
     assert received == frames
     expected = link.seconds(sum(map(len, frames)) + 24)
     assert expected == pytest.approx(0.151, abs=0.001)
-    # The sender never is faster than the link, and does not keep prefill waiting; how much slower is up to the machine.
+    # The sender is never faster than the link, and does not keep prefill waiting.
     assert queued < expected <= seconds
 
 

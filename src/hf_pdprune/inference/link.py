@@ -51,7 +51,7 @@ class Link:
         return free + self.latency_seconds
 
 
-# A server's network card, a rack's, a node's of eight cards (Mooncake, arXiv 2407.00079), and between two data centres.
+# From a plain network card to the eight cards of a node (Mooncake, arXiv 2407.00079), and between two data centres.
 LINKS = (
     Link("1 Gbit/s", 1, 50e-6),
     Link("10 Gbit/s", 10, 20e-6),

@@ -158,8 +158,8 @@ class PrefillStage(Stage):
 
     def forward(self, prompt_ids: torch.LongTensor, prompt_mask: torch.Tensor) -> KVPayload:
         """
-        The prefill half of the disaggregated forward: differentiable (unless quantised), with the logits of the first completion token in
-        `payload.first_logits`.
+        The prefill half of the disaggregated forward: differentiable (unless quantised), with the logits of the
+        first completion token in `payload.first_logits`.
 
         Args:
             prompt_ids (`torch.LongTensor`): Shape `(batch_size, prompt_tokens)`, padded left.

@@ -239,7 +239,7 @@ def quantization_metadata(entries: dict[int, tuple[States, States]], quantizatio
 
 
 def entry_tensors(entries: dict[int, tuple[States, States]]) -> dict[str, torch.Tensor]:
-    """The tensors of KV entries, named `keys.<block>` and `values.<block>`, quantised ones `keys.<block>.codes`, ..."""
+    """Tensors of KV entries, named `keys.<block>` and `values.<block>`; quantised ones `keys.<block>.codes`, ..."""
     tensors = {}
     for block, pair in sorted(entries.items()):
         for kind, states in zip(("keys", "values"), pair, strict=True):
