@@ -5,7 +5,8 @@ What a hand-over costs over slow links: bytes, time to the first token, time per
 
 Three hand-overs are compared: of the dense model, by the plan, and by the plan with quantised KV entries. Compute is
 timed, prefill here and decode in a process of its own, over a loopback socket that keeps to each link's pace
-(`measured`); a model of the link gives the times where it is faster than this machine's loopback (`modelled`). Into the folder of the stages goes `handover.json`; the last line on stdout is JSON.
+(`measured`); a model of the link gives the times where it is faster than this loopback (`modelled`). Into the
+folder of the stages goes `handover.json`; the last line on stdout is JSON.
 """
 
 import json
