@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from masked_reference import masked_generate, random_prompts
@@ -164,6 +166,71 @@ class TestGenerate:
         hand_over(model, plan, prompts, max_new_tokens=3)
         assert list(model.modules()) == modules
         assert not any(module._forward_pre_hooks or module._forward_hooks for module in modules)
+
+
+class TestFirstTokenFromDecode:
+    """Decode reads the prompt's last token: what one process does in which the window ends one token earlier."""
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"max_new_tokens": 1},
+            {"max_new_tokens": 8, "repetition_penalty": 1.3},
+            {"max_length": 20},
+            {"max_new_tokens": 8, "num_beams": 3, "num_return_sequences": 2},
+            {"max_new_tokens": 8, "min_new_tokens": 4, "eos_token_id": list(range(3, 200))},
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("rows", [[0], [0, 1, 2, 3]], ids=str)
+    def test_equals_one_process(self, model, plan, prompts, settings, rows):
+        prompts = [tensor[rows] for tensor in prompts]
+        settings = {"do_sample": False, "pad_token_id": 0, **settings}
+        payload = PrefillStage(model, plan)(*prompts, first_token="decode")
+        actual = DecodeStage(model, plan).generate(KVPayload.from_bytes(payload.to_bytes()), **settings)
+        expected = masked_generate(
+            model, plan, prompts[1][:, :-1], input_ids=prompts[0], attention_mask=prompts[1], **settings
+        )
+        assert torch.equal(actual, expected)
+
+    def test_returned_sequences_part_at_the_first_token(self, model, plan, prompts):
+        payload = PrefillStage(model, plan)(*prompts, first_token="decode")
+        torch.manual_seed(0)
+        settings = {"num_return_sequences": 8, "do_sample": True, "max_new_tokens": 2, "temperature": 2.0}
+        sequences = DecodeStage(model, plan).generate(payload, **settings)
+        assert sequences.shape == (32, 18)
+        assert len(set(sequences[:8, 16].tolist())) > 1
+
+    def test_every_token_kept_equals_generate(self, model, prompts):
+        plan = PruningPlan.empty(model)
+        payload = PrefillStage(model, plan)(*prompts, first_token="decode")
+        expected = model.generate(input_ids=prompts[0], attention_mask=prompts[1], max_new_tokens=8, do_sample=False)
+        assert torch.equal(DecodeStage(model, plan).generate(payload, max_new_tokens=8, do_sample=False), expected)
+
+
+class TestQuantized:
+    def test_decodes_what_is_left_after_rounding(self, model, plan, prompts):
+        payload = PrefillStage(model, plan, quantization="int8")(*prompts, do_sample=False)
+        rounded = replace(
+            payload, quantization=None, entries={block: payload.entries_of(block) for block in payload.entries}
+        )
+        decode = DecodeStage(model, plan)
+        received = KVPayload.from_bytes(payload.to_bytes())
+        settings = {"max_new_tokens": 8, "do_sample": False}
+        assert torch.equal(decode.generate(received, **settings), decode.generate(rounded, **settings))
+
+    def test_more_bits_are_nearer(self, model, plan, batch):
+        logits = {}
+        with torch.no_grad():
+            for kind in (None, "int8", "int4"):
+                payload = PrefillStage(model, plan, quantization=kind).forward(
+                    batch["prompt_ids"], batch["prompt_mask"]
+                )
+                logits[kind] = DecodeStage(model, plan).forward(
+                    payload, batch["completion_ids"], batch["completion_mask"]
+                )
+        errors = [(logits[kind] - logits[None]).abs().mean() for kind in ("int8", "int4")]
+        assert 0 < errors[0] < errors[1] / 4
 
 
 class TestExportedPair:

@@ -133,3 +133,46 @@ class TestForward:
 
         PrefillStage(tiny_llama, plan, module=Wrapper()).forward(*prompts)
         assert len(calls) == 1
+
+
+class TestQuantization:
+    @pytest.mark.parametrize("kind", ["fp8", "int8", "int4"])
+    def test_multiplies_with_the_plan(self, tiny_llama, plan, prompts, kind):
+        payload = PrefillStage(tiny_llama, plan)(*prompts, do_sample=False)
+        quantized = PrefillStage(tiny_llama, plan, quantization=kind)(*prompts, do_sample=False)
+        assert quantized.to_bytes() == payload.quantized(kind).to_bytes()
+        numbers, scales = {"fp8": (16, 2), "int8": (16, 2), "int4": (8, 4)}[kind]  # bytes of a head of 16 numbers
+        assert payload.nbytes_kv / quantized.nbytes_kv == pytest.approx(64 / (numbers + scales))
+        assert payload.nbytes_dense == quantized.nbytes_dense
+
+    def test_teacher_forced_too(self, tiny_llama, plan, prompts):
+        with torch.no_grad():
+            payload = PrefillStage(tiny_llama, plan, quantization="int8").forward(*prompts)
+            expected = PrefillStage(tiny_llama, plan).forward(*prompts)
+        assert payload.quantization == "int8"
+        assert torch.equal(payload.first_logits, expected.first_logits)
+        with pytest.raises(ValueError, match="has no gradient"):
+            PrefillStage(tiny_llama, plan, quantization="int8").forward(*prompts)
+
+    def test_unknown_kind(self, tiny_llama, plan):
+        with pytest.raises(ValueError, match="quantization must be one of fp8, int8, int4, got 'int2'"):
+            PrefillStage(tiny_llama, plan, quantization="int2")
+
+
+class TestFirstTokenFromDecode:
+    def test_the_last_token_is_left_to_decode(self, tiny_llama, plan, prompts):
+        payload = PrefillStage(tiny_llama, plan)(*prompts, first_token="decode")
+        assert payload.first_token is None
+        assert torch.equal(payload.last_token, prompts[0][:, -1:])
+        assert payload.prompt_tokens == 15
+        received = KVPayload.from_bytes(payload.to_bytes())
+        assert torch.equal(received.last_token, payload.last_token)
+
+    def test_bad_input(self, tiny_llama, plan, prompts):
+        stage = PrefillStage(tiny_llama, plan)
+        with pytest.raises(ValueError, match="first_token must be prefill or decode, got 'both'"):
+            stage(*prompts, first_token="both")
+        with pytest.raises(ValueError, match="a prompt of one token"):
+            stage(prompts[0][:, -1:], first_token="decode")
+        with pytest.raises(ValueError, match="return_log_probs"):
+            stage(*prompts, first_token="decode", return_log_probs=True)

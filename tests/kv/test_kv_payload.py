@@ -1,5 +1,6 @@
 import hashlib
 import json
+import tracemalloc
 from dataclasses import fields, replace
 
 import pytest
@@ -9,12 +10,13 @@ from hypothesis import strategies as st
 from masked_reference import filled_cache, random_prompts
 from safetensors.torch import load
 
-from hf_pdprune.kv import KVPayload, PayloadError, TokenAwareCache
-from hf_pdprune.kv.kv_payload import _NO_DIGEST
+from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PayloadError, QuantizedStates, TokenAwareCache
+from hf_pdprune.kv.wire_format import _NO_DIGEST
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+_FIRST = ("token", "log_probs")
 
 
 def make_payload(rows=2, tokens=5, blocks=(0, 2), heads=2, head_dim=3, dtype=torch.float32, first="token", seed=0):
@@ -35,17 +37,29 @@ def make_payload(rows=2, tokens=5, blocks=(0, 2), heads=2, head_dim=3, dtype=tor
         plan_digest=PruningPlan("some/model", "llama", 8).digest,
         model_fingerprint="f" * 32,
         nbytes_dense=123456,
-        first_token=torch.randint(0, 2**31 - 1, (rows, 1), generator=generator) if first else None,
+        first_token=torch.randint(0, 2**31 - 1, (rows, 1), generator=generator) if first in _FIRST else None,
+        last_token=torch.randint(0, 2**31 - 1, (rows, 1), generator=generator) if first == "last" else None,
         first_log_probs=random(rows, 7).float() if first == "log_probs" else None,
     )
+
+
+def assert_equal_states(actual, expected):
+    if isinstance(expected, QuantizedStates):
+        assert actual.dtype == expected.dtype
+        parts = zip(actual.tensors().items(), expected.tensors().items(), strict=True)
+        assert all(
+            name == other and torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for (name, a), (other, b) in parts
+        )
+    else:
+        assert actual.dtype == expected.dtype
+        assert torch.equal(actual, expected)
 
 
 def assert_equal_payloads(actual, expected):
     assert actual.entries.keys() == expected.entries.keys()
     for block, pair in expected.entries.items():
-        for tensor, other in zip(actual.entries_of(block), pair, strict=True):
-            assert tensor.dtype == other.dtype
-            assert torch.equal(tensor, other)
+        for states, other in zip(actual.entries[block], pair, strict=True):
+            assert_equal_states(states, other)
     for field in fields(KVPayload):
         value, other = getattr(actual, field.name), getattr(expected, field.name)
         if torch.is_tensor(other):
@@ -76,7 +90,7 @@ class TestRoundTrip:
         heads=st.integers(1, 3),
         head_dim=st.integers(1, 5),
         dtype=st.sampled_from(DTYPES),
-        first=st.sampled_from([None, "token", "log_probs"]),
+        first=st.sampled_from([None, "token", "log_probs", "last"]),
         seed=st.integers(0, 2**16),
     )
     def test_nothing_is_lost(self, **shape):
@@ -87,6 +101,51 @@ class TestRoundTrip:
         assert_equal_payloads(received, payload)
         assert received.to_bytes() == data
         assert received.nbytes_kv == sum(t.nbytes for pair in payload.entries.values() for t in pair)
+
+    @settings(deadline=None, max_examples=40)
+    @given(
+        kind=st.sampled_from(QUANTIZATIONS),
+        rows=st.integers(1, 3),
+        tokens=st.integers(1, 9),
+        blocks=st.lists(st.integers(0, 99), min_size=1, max_size=3, unique=True),
+        heads=st.integers(1, 3),
+        half=st.integers(1, 40),
+        dtype=st.sampled_from(DTYPES),
+        first=st.sampled_from([None, "token", "log_probs", "last"]),
+        seed=st.integers(0, 2**16),
+    )
+    def test_of_quantised_payloads(self, kind, half, **shape):
+        payload = make_payload(head_dim=2 * half, **shape)
+        quantized = payload.quantized(kind)
+        data = quantized.to_bytes()
+        assert quantized.nbytes == len(data)
+        assert quantized.nbytes_kv == sum(states.nbytes for pair in quantized.entries.values() for states in pair)
+        received = KVPayload.from_bytes(data)
+        assert_equal_payloads(received, quantized)
+        for block, pair in payload.entries.items():
+            for states, other in zip(received.entries_of(block), pair, strict=True):
+                assert states.dtype == other.dtype
+                assert states.shape == other.shape
+                assert torch.isfinite(states).all()
+
+    def test_quantised_twice(self):
+        with pytest.raises(ValueError, match="quantised to int8 already"):
+            make_payload(head_dim=4).quantized("int8").quantized("int4")
+
+    def test_nothing_is_copied(self):
+        # from_bytes gives views of the bytes; of its own it allocates the prompt's ids, and no more.
+        payload = make_payload(rows=1, tokens=200, blocks=(190, 191), heads=4, head_dim=64)
+        data = bytearray(payload.to_bytes())
+        begin = torch.frombuffer(data, dtype=torch.uint8).data_ptr()
+        received = KVPayload.from_bytes(data)
+        for pair in received.entries.values():
+            for states in pair:
+                assert begin <= states.data_ptr() < begin + len(data)
+        tracemalloc.start()
+        KVPayload.from_bytes(data)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 30_000 < len(data) / 10
 
     @pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
     def test_any_kind_of_bytes(self, kind):
@@ -129,8 +188,10 @@ class TestDamage:
         with pytest.raises(PayloadError, match="too long"):
             KVPayload.from_bytes(data + b"\0")
 
-    def test_every_flipped_byte(self):
-        data = make_payload(rows=1, tokens=2, blocks=(0,), heads=1).to_bytes()
+    @pytest.mark.parametrize("kind", [None, "int4"])
+    def test_every_flipped_byte(self, kind):
+        payload = make_payload(rows=1, tokens=2, blocks=(0,), heads=1, head_dim=2)
+        data = (payload if kind is None else payload.quantized(kind)).to_bytes()
         for position in range(len(data)):
             damaged = bytearray(data)
             damaged[position] ^= 1 << position % 8
@@ -196,6 +257,51 @@ class TestDamage:
     def test_forged_headers(self, change, message):
         with pytest.raises(PayloadError, match=message):
             KVPayload.from_bytes(tampered(make_payload().to_bytes(), change))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda h: h["__metadata__"].update(quantization="int2"), "quantised to 'int2'"),
+            (lambda h: h["__metadata__"].update(dtype="I32"), "from 'I32'"),
+            (lambda h: h["__metadata__"].pop("dtype"), "from None"),
+            (lambda h: h["__metadata__"].pop("quantization"), "unexpected tensor"),
+            (lambda h: h["__metadata__"].update(quantization="int8"), "block 0"),
+            (lambda h: h["keys.0.codes"].update(dtype="I8"), "block 0"),
+            (lambda h: h["keys.0.scales"].update(dtype="F16"), "block 0"),
+            (lambda h: h["keys.0.scales"].update(shape=[2, 1, 2, 1]), "block 0"),
+            (lambda h: h["values.0.codes"].update(shape=[2, 1, 2, 1]), "block 0"),
+            (lambda h: h.update({"keys.0.zeros": h.pop("keys.0.offsets")}), "unexpected tensor 'keys.0.zeros'"),
+            (lambda h: h.update({"keys.1.offsets": h.pop("keys.0.offsets")}), "block 0"),
+            (lambda h: h["keys.0.codes"].update(shape=[2, 0, 1, 2]), "has shape"),
+            (lambda h: h["keys.0.codes"].update(shape=[2, 2, 1, -2]), "has shape"),
+            (lambda h: h["keys.0.codes"].update(shape=[True, 2, 1, 2]), "has shape"),
+            (lambda h: h["keys.0.codes"].update(data_offsets=[0, 4]), "does not fit its data"),
+        ],
+    )
+    def test_forged_headers_of_quantised_payloads(self, change, message):
+        data = make_payload(head_dim=4).quantized("int4").to_bytes()
+        with pytest.raises(PayloadError, match=message):
+            KVPayload.from_bytes(tampered(data, change))
+
+    def test_nothing_is_allocated_for_what_is_only_claimed(self):
+        data = make_payload().to_bytes()
+        forged = [
+            (1 << 62).to_bytes(8, "little") + data[8:],
+            tampered(data, lambda h: h["keys.0"].update(shape=[10**6, 10**6, 10**6, 10**6])),
+            tampered(data, lambda h: h["keys.0"].update(shape=[2**40, 0, 1, 3], data_offsets=[0, 0])),
+        ]
+        tracemalloc.start()
+        for payload in forged:
+            with pytest.raises(PayloadError):
+                KVPayload.from_bytes(payload)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 100_000
+
+    def test_headers_are_bounded(self):
+        encoded = b'{"__metadata__":{' + b" " * (1 << 20)
+        with pytest.raises(PayloadError, match="a header of"):
+            KVPayload.from_bytes(len(encoded).to_bytes(8, "little") + encoded)
 
     @pytest.mark.parametrize("name", ["prompt_ids", "prompt_mask"])
     def test_missing_prompt(self, name):

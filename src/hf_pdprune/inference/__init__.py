@@ -1,17 +1,22 @@
 from .decode_stage import DecodeStage
 from .disaggregated_forward import dense_forward, disaggregated_forward
 from .handover import handover_between_processes, receive_payload, send_payload
+from .link import LINKS, Link, ThrottledSender, receive_frame
 from .prefill_stage import PrefillStage
 from .stage import Stage
 
 
 __all__ = [
+    "LINKS",
     "DecodeStage",
+    "Link",
     "PrefillStage",
     "Stage",
+    "ThrottledSender",
     "dense_forward",
     "disaggregated_forward",
     "handover_between_processes",
+    "receive_frame",
     "receive_payload",
     "send_payload",
 ]

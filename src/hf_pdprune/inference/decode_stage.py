@@ -27,21 +27,24 @@ class DecodeStage(Stage):
     def generate(self, payload: KVPayload, **generate_kwargs: Any) -> torch.LongTensor:
         """
         Args:
-            payload ([`KVPayload`]): What prefill handed over, the first token included. Its tensors may be changed.
-            generate_kwargs: As for `model.generate`. The first token counts as one of `max_new_tokens`, and all beams
-                and returned sequences of a prompt begin with it.
+            payload ([`KVPayload`]): What prefill handed over, the first token or the prompt's last one included.
+            generate_kwargs: As for `model.generate`. A first token that prefill generated counts as one of
+                `max_new_tokens`, and all beams and returned sequences of a prompt begin with it.
 
         Returns:
             `torch.LongTensor`: Shape `(batch_size * num_return_sequences, prompt_tokens + new tokens)`, as
             `model.generate` returns it.
 
         Raises:
-            `PayloadError`: If the payload is of another plan or of another pair of stages, or has no first token.
+            `PayloadError`: If the payload is of another plan or of another pair of stages, or has no token to go on
+            from.
         """
         payload.check_model(self.fingerprint)
-        if payload.first_token is None:
+        if payload.first_token is None and payload.last_token is None:
             raise PayloadError("the payload has no first token: it was made for teacher forcing")
         payload = payload.to(self.model.device)
+        if payload.first_token is None:
+            return self._generate_all(payload, generate_kwargs)
         sequences = torch.cat([payload.prompt_ids, payload.first_token], dim=1)
         mask = torch.cat([payload.prompt_mask, torch.ones_like(payload.first_token)], dim=1)
         eos, pad = (self.generation_setting(generate_kwargs, name) for name in ("eos_token_id", "pad_token_id"))
@@ -80,6 +83,21 @@ class DecodeStage(Stage):
         result[:, : sequences.shape[1]] = sequences.repeat_interleave(returned, dim=0)
         result[goes_on.repeat_interleave(returned)] = generated
         return result
+
+    def _generate_all(self, payload: KVPayload, generate_kwargs: dict[str, Any]) -> torch.LongTensor:
+        """Decode reads the prompt's last token and generates the first one too: what `model.generate` does."""
+        returned = self.generation_setting(generate_kwargs, "num_return_sequences") or 1
+        copies = max(returned, self.generation_setting(generate_kwargs, "num_beams") or 1)
+        with self.active():
+            with TokenAwareCache.from_payload(payload, self.plan, self.model, self.running_blocks) as cache:
+                if copies > 1:
+                    cache.batch_repeat_interleave(copies)
+                return self.model.generate(
+                    input_ids=torch.cat([payload.prompt_ids, payload.last_token], dim=1),
+                    attention_mask=torch.cat([payload.prompt_mask, torch.ones_like(payload.last_token)], dim=1),
+                    past_key_values=cache,
+                    **generate_kwargs | {"return_dict_in_generate": False},
+                )
 
     def _max_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int:
         """How many tokens `model.generate` would add to the prompt."""

@@ -72,7 +72,7 @@ def receive_payload(src: int, group: dist.ProcessGroup | None = None, device: to
     dist.recv(length, src, group=group)
     buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
     dist.recv(buffer, src, group=group)
-    return KVPayload.from_bytes(buffer.cpu().numpy().tobytes())
+    return KVPayload.from_bytes(buffer.cpu().numpy().data)
 
 
 def handover_between_processes(

@@ -1,6 +1,18 @@
-from .kv_payload import KVPayload, PayloadError
+from .kv_payload import KVPayload
+from .payload_stream import PayloadReader, PayloadWriter
 from .prompt_window import PromptWindow
+from .quantized_states import QUANTIZATIONS, QuantizedStates
 from .token_aware_cache import TokenAwareCache
+from .wire_format import PayloadError
 
 
-__all__ = ["KVPayload", "PayloadError", "PromptWindow", "TokenAwareCache"]
+__all__ = [
+    "QUANTIZATIONS",
+    "KVPayload",
+    "PayloadError",
+    "PayloadReader",
+    "PayloadWriter",
+    "PromptWindow",
+    "QuantizedStates",
+    "TokenAwareCache",
+]

@@ -13,7 +13,8 @@ from ..blocks import get_blocks, get_decoder
 
 
 if TYPE_CHECKING:
-    from .token_aware_cache import TokenAwareCache, TokenAwareLayer
+    from .token_aware_cache import TokenAwareCache
+    from .token_aware_layer import TokenAwareLayer
 
 
 class ForwardHooks:

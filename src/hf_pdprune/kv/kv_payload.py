@@ -1,40 +1,24 @@
 """KVPayload: what crosses the wire between prefill and decode."""
 
-import hashlib
-import json
 import re
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from ..plan import PruningPlan
+from .quantized_states import QUANTIZATIONS, QuantizedStates
+from .wire_format import DTYPE_NAMES, DTYPES, PayloadError, decode, encode, encoded_size
 
 
 if TYPE_CHECKING:
     from .token_aware_cache import TokenAwareCache
 
 
-PAYLOAD_FORMAT_VERSION = 1
-_METADATA_KEYS = ("format_version", "plan_digest", "model_fingerprint", "nbytes_dense", "data_crc32", "header_sha256")
-_NO_DIGEST = "0" * 64
+_METADATA_KEYS = ("plan_digest", "model_fingerprint", "nbytes_dense")
 _WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-}
-
-
-class PayloadError(ValueError):
-    """A payload that is truncated, altered, or not meant for the stage that reads it."""
+_ENTRY_NAME = re.compile(r"(keys|values)\.(0|[1-9][0-9]{0,8})(?:\.(codes|scales|offsets))?")
+States = torch.Tensor | QuantizedStates
 
 
 @dataclass
@@ -44,7 +28,8 @@ class KVPayload:
 
     Args:
         entries (`dict[int, tuple[torch.Tensor, torch.Tensor]]`):
-            Keys and values by dense block number, of shape `(batch_size, num_key_value_heads, held_tokens, head_dim)`.
+            Keys and values by dense block number, of shape `(batch_size, num_key_value_heads, held_tokens, head_dim)`;
+            [`QuantizedStates`] in a quantised payload.
         prompt_ids (`torch.LongTensor`): Shape `(batch_size, prompt_tokens)`.
         prompt_mask (`torch.LongTensor`): Shape `(batch_size, prompt_tokens)`, 0 for padding.
         plan_digest (`str`): Digest of the plan by which the entries were selected.
@@ -53,11 +38,14 @@ class KVPayload:
             it mixes sliding windows and full attention, blocks that a checkpoint lacks count as its others on average.
         first_token (`torch.LongTensor`, *optional*): Shape `(batch_size, 1)`, the token that prefill has generated.
         first_log_probs (`torch.Tensor`, *optional*): Shape `(batch_size, vocab_size)`, its log-probabilities.
+        last_token (`torch.LongTensor`, *optional*): Shape `(batch_size, 1)`, where decode generates the first token
+            the last token of the prompt, which decode reads; prompt_ids, prompt_mask and entries end before it.
+        quantization (`str`, *optional*): `"fp8"`, `"int8"` or `"int4"`, see [`quantized`].
         first_logits (`torch.Tensor`, *optional*): Shape `(batch_size, vocab_size)`. Stays in the process: the
             disaggregated forward back-propagates through it.
     """
 
-    entries: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    entries: dict[int, tuple[States, States]]
     prompt_ids: torch.LongTensor
     prompt_mask: torch.LongTensor
     plan_digest: str
@@ -65,6 +53,8 @@ class KVPayload:
     nbytes_dense: int
     first_token: torch.LongTensor | None = None
     first_log_probs: torch.Tensor | None = None
+    last_token: torch.LongTensor | None = None
+    quantization: str | None = None
     first_logits: torch.Tensor | None = field(default=None, repr=False)
 
     @classmethod
@@ -105,26 +95,38 @@ class KVPayload:
 
     @property
     def prompt_tokens(self) -> int:
-        """Length of the padded prompts."""
+        """Length of the padded prompts whose entries these are."""
         return self.prompt_ids.shape[1]
 
     @property
     def nbytes(self) -> int:
         """Bytes that are sent, header included: the length of `to_bytes()`, without building it."""
-        tensors = self._tensors()
-        data = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return 8 + len(self._header(tensors, crc32=0)) + data
+        return encoded_size(self.metadata(), self._tensors())
 
     @property
     def nbytes_kv(self) -> int:
         """Bytes of keys and values alone, the number that compares with `nbytes_dense`."""
-        return sum(tensor.numel() * tensor.element_size() for pair in self.entries.values() for tensor in pair)
+        return sum(states.nbytes for pair in self.entries.values() for states in pair)
+
+    def quantized(self, kind: str) -> "KVPayload":
+        """
+        The payload with keys and values in fewer bits: `"fp8"` (e4m3) and `"int8"` with a scale per token and head,
+        `"int4"` with scale and offset for every 32 numbers. Decode gets them back in their own dtype.
+
+        Raises:
+            `ValueError`: If `kind` is unknown, if the payload is quantised already, or if its numbers are not finite.
+        """
+        if self.quantization is not None:
+            raise ValueError(f"the payload is quantised to {self.quantization} already")
+        entries = {block: quantized_pair(*pair, kind) for block, pair in self.entries.items()}
+        return replace(self, entries=entries, quantization=kind)
 
     def entries_of(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a block (dense number)."""
         if block not in self.entries:
             raise PayloadError(f"the payload has no KV entries of block {block}, which decode runs")
-        return self.entries[block]
+        keys, values = self.entries[block]
+        return (keys, values) if self.quantization is None else (keys.dequantize(), values.dequantize())
 
     def check_plan(self, plan: PruningPlan) -> None:
         """Raises a `PayloadError` unless the payload was selected by `plan`."""
@@ -141,80 +143,57 @@ class KVPayload:
 
     def to(self, device: torch.device | str) -> "KVPayload":
         """The payload with its tensors on `device`."""
-
-        def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return KVPayload(
-            {block: (keys.to(device), values.to(device)) for block, (keys, values) in self.entries.items()},
-            self.prompt_ids.to(device),
-            self.prompt_mask.to(device),
-            self.plan_digest,
-            self.model_fingerprint,
-            self.nbytes_dense,
-            moved(self.first_token),
-            moved(self.first_log_probs),
-            moved(self.first_logits),
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        entries = {block: (keys.to(device), values.to(device)) for block, (keys, values) in self.entries.items()}
+        return replace(self, entries=entries, **moved)
 
     # The wire format: one safetensors file whose metadata says what it is
 
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are sent, by name. Those with the widest elements come first: none needs padding then."""
-        tensors = {}
-        for block, (keys, values) in sorted(self.entries.items()):
-            tensors[f"keys.{block}"], tensors[f"values.{block}"] = keys, values
-        if self.first_log_probs is not None:
-            tensors["first_log_probs"] = self.first_log_probs
-        tensors["prompt_ids"] = self.prompt_ids.int()
-        if self.first_token is not None:
-            tensors["first_token"] = self.first_token.int()
-        tensors["prompt_mask"] = self.prompt_mask.to(torch.uint8)
-        return tensors
-
-    def _header(self, tensors: dict[str, torch.Tensor], crc32: int) -> bytes:
-        """The safetensors header of `tensors`, its own digest filled in."""
+    def metadata(self) -> dict[str, str]:
+        """What the header says beside the tensors."""
         metadata = {
-            "format_version": str(PAYLOAD_FORMAT_VERSION),
             "plan_digest": self.plan_digest,
             "model_fingerprint": self.model_fingerprint,
             "nbytes_dense": str(self.nbytes_dense),
-            "data_crc32": f"{crc32:08x}",
-            "header_sha256": _NO_DIGEST,
         }
-        header: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, tensor in tensors.items():
-            begin, end = end, end + tensor.numel() * tensor.element_size()
-            dtype = _DTYPE_NAMES[tensor.dtype]
-            header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        return encoded.replace(_NO_DIGEST.encode(), hashlib.sha256(encoded).hexdigest().encode(), 1)
+        return metadata | quantization_metadata(self.entries, self.quantization)
 
-    def to_bytes(self) -> bytes:
-        """The payload as safetensors bytes; the metadata carries a digest of the header and a checksum of the data."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        data = [tensor.view(torch.uint8).numpy().data for tensor in tensors.values()]
-        crc32 = 0
-        for part in data:
-            crc32 = zlib.crc32(part, crc32)
-        header = self._header(tensors, crc32)
-        return b"".join([len(header).to_bytes(8, "little"), header, *data])
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are sent, by name. Those with the widest elements come first: none needs padding then."""
+        tensors = entry_tensors(self.entries)
+        if self.first_log_probs is not None:
+            tensors["first_log_probs"] = self.first_log_probs
+        tensors["prompt_ids"] = self.prompt_ids.int()
+        for name in ("first_token", "last_token"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name).int()
+        tensors["prompt_mask"] = self.prompt_mask.to(torch.uint8)
+        return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+    def to_bytes(self, **metadata: str) -> bytes:
+        """
+        The payload as safetensors bytes; the metadata (`metadata` is added to it) carries a digest of the header and a
+        checksum of the data.
+        """
+        return encode({**self.metadata(), **metadata}, self._tensors())
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "KVPayload":
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> "KVPayload":
         """
-        The payload that `to_bytes` wrote.
+        The payload that `to_bytes` wrote. Keys and values are views of `data`, which has to stay as it is: nothing of
+        their size is copied or allocated.
 
         Raises:
             `PayloadError`: If the bytes are truncated, altered, of a newer format, or no payload at all.
         """
-        metadata = _checked_metadata(data)
-        try:
-            tensors = load(bytes(data))
-        except SafetensorError as error:
-            raise PayloadError(f"the payload's header does not fit its data: {error}") from error
+        return cls.from_tensors(*decode(data))
+
+    @classmethod
+    def from_tensors(cls, metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> "KVPayload":
+        """The payload of a header's metadata and the tensors beside it; a `PayloadError` says what does not fit."""
+        wrong = [key for key in _METADATA_KEYS if key not in metadata]
+        if wrong or not _WHOLE_NUMBER.fullmatch(metadata["nbytes_dense"]):
+            raise PayloadError(f"the payload's metadata has no valid {wrong[0] if wrong else 'nbytes_dense'}")
         missing = [name for name in ("prompt_ids", "prompt_mask") if name not in tensors]
         if missing:
             raise PayloadError(f"the payload has no {missing[0]}")
@@ -222,84 +201,97 @@ class KVPayload:
         if prompt_ids.dim() != 2 or prompt_ids.shape != prompt_mask.shape:
             shapes = f"prompt_ids {tuple(prompt_ids.shape)}, prompt_mask {tuple(prompt_mask.shape)}"
             raise PayloadError(f"the payload's prompts do not fit together: {shapes}")
-        batch_size = prompt_ids.shape[0]
-        first_token, first_log_probs = tensors.pop("first_token", None), tensors.pop("first_log_probs", None)
-        if first_token is not None and tuple(first_token.shape) != (batch_size, 1):
-            raise PayloadError(f"first_token has shape {tuple(first_token.shape)}, expected {(batch_size, 1)}")
-        if first_log_probs is not None and not (
-            first_log_probs.is_floating_point() and first_log_probs.dim() == 2 and len(first_log_probs) == batch_size
+        batch_size = len(prompt_ids)
+        optional = {name: tensors.pop(name, None) for name in ("first_token", "last_token", "first_log_probs")}
+        for name in ("first_token", "last_token"):
+            if optional[name] is not None:
+                if tuple(optional[name].shape) != (batch_size, 1):
+                    raise PayloadError(f"{name} has shape {tuple(optional[name].shape)}, expected {(batch_size, 1)}")
+                optional[name] = optional[name].long()
+        log_probs = optional["first_log_probs"]
+        if log_probs is not None and not (
+            log_probs.is_floating_point() and log_probs.dim() == 2 and len(log_probs) == batch_size
         ):
-            what = f"{first_log_probs.dtype} of shape {tuple(first_log_probs.shape)}"
+            what = f"{log_probs.dtype} of shape {tuple(log_probs.shape)}"
             raise PayloadError(f"first_log_probs is {what}, for {batch_size} prompts")
         return cls(
-            entries=_entries_by_block(tensors, batch_size),
+            entries=entries_by_block(metadata, tensors, batch_size),
             prompt_ids=prompt_ids,
             prompt_mask=prompt_mask,
-            plan_digest=metadata["plan_digest"],
-            model_fingerprint=metadata["model_fingerprint"],
+            **{key: metadata[key] for key in ("plan_digest", "model_fingerprint")},
             nbytes_dense=int(metadata["nbytes_dense"]),
-            first_token=None if first_token is None else first_token.long(),
-            first_log_probs=first_log_probs,
+            quantization=metadata.get("quantization"),
+            **optional,
         )
 
 
-def _checked_metadata(data: bytes) -> dict[str, str]:
-    """The metadata of a payload's header, after every check that needs no tensor."""
-    if len(data) < 8:
-        raise PayloadError(f"the payload is truncated: {len(data)} bytes")
-    header_size = int.from_bytes(data[:8], "little")
-    if header_size > len(data) - 8:
-        raise PayloadError(f"the payload is truncated or altered: {len(data)} bytes, a header of {header_size}")
-    raw = bytes(data[8 : 8 + header_size])
-    try:
-        header = json.loads(raw)
-        metadata = header["__metadata__"]
-        version, digest = metadata["format_version"], str(metadata["header_sha256"]).encode()
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise PayloadError("these bytes are no KV payload: their header has no payload metadata") from error
-    if version != str(PAYLOAD_FORMAT_VERSION):
-        raise PayloadError(f"the payload has format {version!r}; this hf_pdprune reads {PAYLOAD_FORMAT_VERSION}")
-    expected = raw.replace(digest, _NO_DIGEST.encode(), 1)
-    if hashlib.sha256(expected).hexdigest().encode() != digest:
-        raise PayloadError("the payload's header was altered: its digest differs")
-    wrong = [key for key in _METADATA_KEYS if not isinstance(metadata.get(key), str)]
-    if wrong or not _WHOLE_NUMBER.fullmatch(metadata["nbytes_dense"]):
-        raise PayloadError(f"the payload's metadata has no valid {wrong[0] if wrong else 'nbytes_dense'}")
-    body = memoryview(data)[8 + header_size :]
-    described = _data_size(header)
-    if len(body) != described:
-        raise PayloadError(f"the payload is truncated or too long: {len(body)} bytes of data, {described} described")
-    if f"{zlib.crc32(body):08x}" != metadata["data_crc32"]:
-        raise PayloadError("the payload's data was altered: its checksum differs")
-    return metadata
+def quantized_pair(keys: torch.Tensor, values: torch.Tensor, kind: str) -> tuple[QuantizedStates, QuantizedStates]:
+    """Keys and values of a block, quantised."""
+    return QuantizedStates.quantize(keys, kind), QuantizedStates.quantize(values, kind)
 
 
-def _data_size(header: Mapping[str, Any]) -> int:
-    """Bytes of data that a safetensors header describes."""
-    try:
-        return max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
-    except (ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-        raise PayloadError("the payload's header does not describe its tensors") from error
+def quantization_metadata(entries: dict[int, tuple[States, States]], quantization: str | None) -> dict[str, str]:
+    """What a header says of how its entries are quantised; nothing if they are not."""
+    if quantization is None:
+        return {}
+    dtypes = [keys.dtype for keys, _ in entries.values()]
+    return {"quantization": quantization, "dtype": DTYPE_NAMES[dtypes[0]] if dtypes else "F32"}
 
 
-def _entries_by_block(
-    tensors: dict[str, torch.Tensor], batch_size: int
-) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """Keys and values by block number, from tensors named `keys.<block>` and `values.<block>`."""
-    entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    for name, keys in tensors.items():
-        kind, _, block = name.partition(".")
-        if kind not in ("keys", "values") or not _WHOLE_NUMBER.fullmatch(block) or f"values.{block}" not in tensors:
+def entry_tensors(entries: dict[int, tuple[States, States]]) -> dict[str, torch.Tensor]:
+    """Tensors of KV entries, named `keys.<block>` and `values.<block>`; quantised ones `keys.<block>.codes`, ..."""
+    tensors = {}
+    for block, pair in sorted(entries.items()):
+        for kind, states in zip(("keys", "values"), pair, strict=True):
+            if isinstance(states, QuantizedStates):
+                tensors |= {f"{kind}.{block}.{name}": tensor for name, tensor in states.tensors().items()}
+            else:
+                tensors[f"{kind}.{block}"] = states
+    return tensors
+
+
+def entries_by_block(
+    metadata: dict[str, str], tensors: dict[str, torch.Tensor], batch_size: int
+) -> dict[int, tuple[States, States]]:
+    """KV entries by block number, from tensors named as [`entry_tensors`] does; anything else is a `PayloadError`."""
+    quantization = metadata.get("quantization")
+    dtype = DTYPES.get(metadata.get("dtype", ""))
+    if quantization is not None and (
+        quantization not in QUANTIZATIONS or dtype is None or not dtype.is_floating_point
+    ):
+        raise PayloadError(f"the payload is quantised to {quantization!r} from {metadata.get('dtype')!r}")
+    parts: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = _ENTRY_NAME.fullmatch(name)
+        if match is None or (match[3] is None) != (quantization is None):
             raise PayloadError(f"the payload has an unexpected tensor {name!r}")
+        parts.setdefault((int(match[2]), match[1]), {})[match[3]] = tensor
+    entries = {}
+    for block, kind in parts:
+        other = "values" if kind == "keys" else "keys"
+        if (block, other) not in parts:
+            raise PayloadError(f"the payload has an unexpected tensor '{kind}.{block}' without {other}")
         if kind == "keys":
-            values = tensors[f"values.{block}"]
-            fit = keys.dim() == values.dim() == 4 and keys.shape[:3] == values.shape[:3] and len(keys) == batch_size
-            if not (fit and keys.is_floating_point() and keys.dtype == values.dtype):
-                raise PayloadError(
-                    f"block {block}: keys {keys.dtype} {tuple(keys.shape)} and values {values.dtype} "
-                    f"{tuple(values.shape)} are no KV entries of {batch_size} prompts"
-                )
-            entries[int(block)] = (keys, values)
-    if len(tensors) != 2 * len(entries):
-        raise PayloadError("the payload has values without keys")
+            pair = [_states(parts[block, kind], quantization, dtype) for kind in ("keys", "values")]
+            if None in pair or not _fit(*pair, batch_size):
+                raise PayloadError(f"block {block}: its tensors are no KV entries of {batch_size} prompts")
+            entries[block] = tuple(pair)
     return entries
+
+
+def _states(tensors: dict[str | None, torch.Tensor], quantization: str | None, dtype: torch.dtype) -> States | None:
+    """Keys or values from their tensors, `None` if these are none."""
+    if quantization is None:
+        states = tensors[None]
+        return states if states.is_floating_point() else None
+    if not {"codes", "scales"} <= tensors.keys():
+        return None
+    states = QuantizedStates(dtype=dtype, **tensors)
+    return states if states.is_valid(quantization) else None
+
+
+def _fit(keys: States, values: States, batch_size: int) -> bool:
+    """Whether keys and values belong together: one of each per prompt, head and token."""
+    shapes = keys.shape, values.shape
+    four = all(len(shape) == 4 for shape in shapes)
+    return four and shapes[0][:3] == shapes[1][:3] and shapes[0][0] == batch_size and keys.dtype == values.dtype

@@ -12,54 +12,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from ..blocks import check_attends_by_mask
 from ..plan import PruningPlan
 from .forward_hooks import ForwardHooks
-from .kv_payload import KVPayload, PayloadError
+from .kv_payload import KVPayload
 from .prompt_window import PromptWindow
-
-
-class TokenAwareLayer(DynamicLayer):
-    """
-    The cache of one token-aware block. While the prompt is read it returns all of the prompt's keys and values, but
-    stores, as soon as the prompt is complete, only those of the window. Its `get_seq_length` is the logical length:
-    all tokens seen, dropped ones included, so that positions stay the original ones.
-
-    Tensors have the shape `(batch_size, num_key_value_heads, held_tokens, head_dim)`.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.seen_tokens = 0
-        # Set by the cache before the forward that completes the prompt; None as long as every token is kept.
-        self.window: PromptWindow | None = None
-        self.is_shortened = False
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = super().update(key_states, value_states)
-        self.seen_tokens += key_states.shape[-2]
-        if self.window is not None and not self.is_shortened:
-            self.keys, self.values = self.window.select(keys), self.window.select(values)
-            self.is_shortened = True
-        return keys, values
-
-    def get_seq_length(self) -> int:
-        return self.seen_tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen_tokens + query_length, 0
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if self.is_shortened and self.seen_tokens + min(tokens_to_remove, 0) < self.window.prompt_tokens:
-            raise ValueError(
-                f"cannot crop {-tokens_to_remove} of {self.seen_tokens} tokens: that reaches into the prompt "
-                f"({self.window.prompt_tokens} tokens), of which only the first and the last are held"
-            )
-        super().crop(tokens_to_remove)
-        self.seen_tokens = max(self.seen_tokens + tokens_to_remove, 0)
-
-    def reset(self) -> None:
-        super().reset()
-        self.seen_tokens, self.window, self.is_shortened = 0, None, False
+from .reserved_layer import ReservedLayer
+from .token_aware_layer import TokenAwareLayer
+from .wire_format import PayloadError
 
 
 class TokenAwareCache(Cache):
@@ -111,8 +68,9 @@ class TokenAwareCache(Cache):
                     "not in KV entries of its own, one per token: there is nothing to select and hand over"
                 )
             # A sliding window is bounded already: left as it is.
-            if self.blocks[index] in plan.kv.token_aware_blocks and kind is DynamicLayer:
-                self.layers[index] = TokenAwareLayer()
+            if kind is DynamicLayer:
+                token_aware = self.blocks[index] in plan.kv.token_aware_blocks
+                self.layers[index] = TokenAwareLayer() if token_aware else ReservedLayer()
         if self.token_aware_layers:
             check_attends_by_mask(model)
         self._hooks = ForwardHooks(self, model)
@@ -212,6 +170,17 @@ class TokenAwareCache(Cache):
         """Bytes of keys and values that the cache holds."""
         tensors = (tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def nbytes_allocated(self) -> int:
+        """Bytes of memory that the cache takes: `nbytes`, and what is reserved for tokens to come."""
+        reserved = 0
+        for layer in self.layers:
+            if isinstance(layer, ReservedLayer) and layer.is_initialized:
+                ahead = layer.reserved_tokens - layer.keys.shape[-2]
+                for states in (layer.keys, layer.values):
+                    reserved += ahead * states[:, :, :1].numel() * states.element_size()
+        return self.nbytes + reserved
 
     @property
     def batch_rows(self) -> int:

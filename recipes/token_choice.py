@@ -1,0 +1,324 @@
+"""
+Does it lose the middle? Which prompt tokens decode receives, compared at equal bytes.
+
+    python recipes/token_choice.py --plan outputs/demo --model HuggingFaceTB/SmolLM2-135M-Instruct \\
+        --text wikitext2.validation.jsonl --output_dir outputs/token_choice
+
+The plan's token-aware blocks stand beside the first and last tokens in all blocks, as many random blocks, H2O, SnapKV,
+and SnapKV in the plan's blocks: on text (KL to the dense model), on needles and key-value pairs at several depths of
+the prompt, and on few-shot questions. Decode reads the prompt's last token, so that every token of an answer depends
+on what was handed over. Every example is a line of `token_choice.jsonl`; an interrupted run goes on after the last.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from hf_pdprune import PruningPlan
+from hf_pdprune.data import load_text
+from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
+from hf_pdprune.kv import KVPayload, PromptWindow
+from hf_pdprune.kv.prompt_attention import PromptAttention
+from hf_pdprune.kv.token_choice import heavy_hitters, observed, select_per_head
+from hf_pdprune.plan import KVPlan
+
+
+NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karla", "Louis")
+
+
+@dataclass
+class TokenChoiceArguments:
+    """
+    What is compared, and on what.
+
+    Parameters:
+        plan (`str`):
+            Folder or repo with the plan. Blocks that it removes are left out of every choice.
+        model (`str`):
+            The dense model.
+        output_dir (`str`):
+            Folder for `token_choice.jsonl`.
+        text (`str`):
+            Text that is scored, and that needles are hidden in: a data set or a file of JSON lines.
+        questions (`list[str]`, *optional*):
+            Files of JSON lines with `question`, `choices` and `answer`; the first rows are the shots.
+        num_texts (`int`, *optional*, defaults to `12`):
+            Pieces of text.
+        num_questions (`int`, *optional*, defaults to `12`):
+            Questions per file.
+        shots (`int`, *optional*, defaults to `5`):
+            Examples before each question.
+        prompt_tokens (`int`, *optional*, defaults to `960`):
+            Length of the prompts cut out of text.
+        completion_tokens (`int`, *optional*, defaults to `64`):
+            Tokens that are scored after them.
+        retrieval_tokens (`list[int]`, *optional*, defaults to `[400, 900]`):
+            Lengths of the prompts with a needle or with key-value pairs.
+        depths (`list[float]`, *optional*, defaults to `[0.1, 0.5, 0.9]`):
+            Where in the prompt the needle is, from 0 to 1.
+        repeats (`int`, *optional*, defaults to `2`):
+            Prompts of each kind, length and depth.
+        observation_window (`int`, *optional*, defaults to `32`):
+            Last tokens by whose attention SnapKV chooses.
+        seed (`int`, *optional*, defaults to `0`):
+            Of random blocks, needles and questions.
+    """
+
+    plan: str = field(metadata={"help": "Folder or repo with the plan."})
+    model: str = field(metadata={"help": "The dense model."})
+    output_dir: str = field(metadata={"help": "Folder for token_choice.jsonl."})
+    text: str = field(metadata={"help": "Text that is scored, and that needles are hidden in."})
+    questions: list[str] = field(
+        default_factory=list, metadata={"help": "Files with question, choices and answer; first rows are the shots."}
+    )
+    num_texts: int = field(default=12, metadata={"help": "Pieces of text."})
+    num_questions: int = field(default=12, metadata={"help": "Questions per file."})
+    shots: int = field(default=5, metadata={"help": "Examples before each question."})
+    prompt_tokens: int = field(default=960, metadata={"help": "Length of the prompts cut out of text."})
+    completion_tokens: int = field(default=64, metadata={"help": "Tokens that are scored after them."})
+    retrieval_tokens: list[int] = field(
+        default_factory=lambda: [400, 900], metadata={"help": "Lengths of the prompts with something to find."}
+    )
+    depths: list[float] = field(
+        default_factory=lambda: [0.1, 0.5, 0.9], metadata={"help": "Where in the prompt it is, from 0 to 1."}
+    )
+    repeats: int = field(default=2, metadata={"help": "Prompts of each kind, length and depth."})
+    observation_window: int = field(default=32, metadata={"help": "Last tokens by whose attention SnapKV chooses."})
+    seed: int = field(default=0, metadata={"help": "Of random blocks, needles and questions."})
+
+    def __post_init__(self):
+        for name, least in (("num_texts", 0), ("num_questions", 0), ("shots", 0), ("repeats", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("prompt_tokens", "completion_tokens", "observation_window"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
+        if any(not 0 <= depth <= 1 for depth in self.depths):
+            raise ValueError(f"depths must be from 0 to 1, got {self.depths}")
+
+
+@dataclass
+class Example:
+    """A prompt, and what may follow it: one completion, or several of which `answer` is the right one."""
+
+    task: str
+    prompt: list[int]
+    completions: list[list[int]]
+    answer: int = 0
+
+
+class TokenChoices:
+    """
+    The choices, by name, and what decode makes of each.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): The dense model.
+        plan ([`PruningPlan`]): Ours; the others are given as many KV entries.
+        args (`TokenChoiceArguments`): Seed and observation window.
+    """
+
+    def __init__(self, model: PreTrainedModel, plan: PruningPlan, args: TokenChoiceArguments):
+        self.model, self.plan, self.args = model, plan, args
+        self.blocks = plan.kept_blocks("decode")
+        self.kv_heads = model.config.get_text_config().num_key_value_heads
+        everything = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
+        self.prefill = PrefillStage(model, everything)
+
+    def kv_plans(self, tokens: int) -> dict[str, KVPlan]:
+        """Window and blocks of each choice, for a prompt of `tokens` tokens. All but the first have equal bytes."""
+        kv = self.plan.kv
+        budget = sum(self.plan.kept_prompt_tokens(block, tokens) for block in self.blocks) // len(self.blocks)
+        rng = random.Random(self.args.seed)
+        random_blocks = rng.sample(self.blocks, len(kv.token_aware_blocks))
+        every = KVPlan(self.blocks, kv.first_tokens, max(1, budget - kv.first_tokens))
+        return {
+            "all tokens": replace(kv, token_aware_blocks=()),
+            "ours": kv,
+            "first + last, all blocks": every,
+            "random blocks": replace(kv, token_aware_blocks=tuple(sorted(random_blocks))),
+            "H2O, all blocks": every,
+            "SnapKV, all blocks": every,
+            "SnapKV, our blocks": kv,
+        }
+
+    @torch.no_grad()
+    def logits(self, prompt: torch.LongTensor, completions: list[torch.LongTensor]) -> dict[str, list[torch.Tensor]]:
+        """For the dense model and each choice, the logits that predict each completion's tokens."""
+        attention = PromptAttention(self.args.observation_window)
+        with attention.recording(self.model, self.kv_heads):
+            payload = self.prefill.forward(prompt[:, :-1], torch.ones_like(prompt[:, :-1]))
+        # As the model was recorded, so that a choice which keeps all tokens is exactly the same.
+        read = [torch.cat([prompt[:, -1:], completion[:, :-1]], dim=1) for completion in completions]
+        results = {"dense": [self._dense(prompt, completion) for completion in completions]}
+        for name, kv in self.kv_plans(payload.prompt_tokens).items():
+            plan = replace(self.plan, kv=kv)
+            decode = DecodeStage(self.model, plan)
+            chosen = replace(payload, entries=self._entries(name, kv, payload, attention), plan_digest=plan.digest)
+            results[name] = [decode.forward(chosen, tokens, torch.ones_like(tokens)) for tokens in read]
+        return results
+
+    def _dense(self, prompt: torch.LongTensor, completion: torch.LongTensor) -> torch.Tensor:
+        batch = {"prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt)}
+        batch |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
+        return dense_forward(self.model, batch)
+
+    def _entries(
+        self, name: str, kv: KVPlan, payload: KVPayload, attention: PromptAttention
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        window = PromptWindow.of_prompt(payload.prompt_tokens, None, kv.first_tokens, kv.last_tokens)
+        entries = {}
+        for block, pair in payload.entries.items():
+            if window is not None and block in kv.token_aware_blocks:
+                if name.startswith("H2O"):
+                    columns = heavy_hitters(attention.accumulated[block], window.kept_tokens)
+                    pair = tuple(select_per_head(states, columns) for states in pair)
+                elif name.startswith("SnapKV"):
+                    recent = self.args.observation_window
+                    columns = observed(attention.recent[block], window.kept_tokens, recent)
+                    pair = tuple(select_per_head(states, columns) for states in pair)
+                else:
+                    pair = tuple(window.select(states) for states in pair)
+            entries[block] = pair
+        return entries
+
+
+def texts(args: TokenChoiceArguments, stream: list[int]) -> Iterator[Example]:
+    """Pieces of text, evenly spread."""
+    length = args.prompt_tokens + args.completion_tokens
+    step = max(length, len(stream) // max(args.num_texts, 1))
+    for begin in range(0, min(args.num_texts * step, len(stream) - length), step):
+        piece = stream[begin : begin + length]
+        yield Example("text", piece[: args.prompt_tokens], [piece[args.prompt_tokens :]])
+
+
+def retrieval(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase, stream: list[int]) -> Iterator[Example]:
+    """Needles in text, and key-value pairs, at each depth of prompts of each length."""
+    rng = random.Random(args.seed)
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for tokens in args.retrieval_tokens:
+        for depth in args.depths:
+            for _ in range(args.repeats):
+                name, number = rng.choice(NAMES), str(rng.randrange(10000, 99999))
+                needle = ids(f"\n\nThe secret number of {name} is {number}.\n\n")
+                question = ids(f"\n\nWhat is the secret number of {name}? The secret number of {name} is")
+                room = tokens - len(needle) - len(question)
+                begin = rng.randrange(len(stream) - room)
+                hay, place = stream[begin : begin + room], int(depth * room)
+                prompt = hay[:place] + needle + hay[place:] + question
+                yield Example(f"needle {tokens} {depth:g}", prompt, [ids(f" {number}.")])
+
+                pairs = []
+                while len(ids("\n".join(pairs))) < tokens - 40:
+                    pairs.append(f"{rng.choice(NAMES)}{rng.randrange(100, 999)} -> {rng.randrange(1000, 9999)}")
+                key, value = pairs[min(int(depth * len(pairs)), len(pairs) - 1)].split(" -> ")
+                listing = "\n".join(pairs)
+                yield Example(f"pairs {tokens} {depth:g}", ids(f"{listing}\n\nAgain:\n{key} ->"), [ids(f" {value}\n")])
+
+
+def questions(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
+    """Few-shot questions; the answer is the completion that is likeliest."""
+    for path in args.questions:
+        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        shots, asked = rows[: args.shots], rows[args.shots :]
+        before = "".join(f"{row['question']} {row['choices'][row['answer']]}\n\n" for row in shots)
+        for row in random.Random(args.seed).sample(asked, min(args.num_questions, len(asked))):
+            prompt = tokenizer(before + row["question"])["input_ids"]
+            choices = [tokenizer(f" {choice}", add_special_tokens=False)["input_ids"] for choice in row["choices"]]
+            yield Example(Path(path).name.split(".")[0], prompt[-1024:], choices, row["answer"])
+
+
+def score(example: Example, logits: dict[str, list[torch.Tensor]]) -> dict[str, dict[str, float]]:
+    """KL to the dense model and top-1 agreement per token of the right completion, and whether the answer is right."""
+    scores = {}
+    dense = logits["dense"][example.answer][0].log_softmax(dim=-1)
+    targets = [torch.tensor(completion) for completion in example.completions]
+    for name, all_logits in logits.items():
+        log_probs = [of_one[0].log_softmax(dim=-1) for of_one in all_logits]
+        right = log_probs[example.answer]
+        likelihoods = [lp.gather(-1, t[:, None]).sum().item() for lp, t in zip(log_probs, targets, strict=True)]
+        if len(targets) > 1:
+            correct = max(range(len(targets)), key=likelihoods.__getitem__) == example.answer
+        else:  # greedy decoding would write exactly this
+            correct = bool((right.argmax(dim=-1) == targets[0]).all())
+        scores[name] = {
+            "kl": (dense.exp() * (dense - right)).sum(dim=-1).mean().item(),
+            "top1_agreement": (dense.argmax(dim=-1) == right.argmax(dim=-1)).float().mean().item(),
+            "nll": -likelihoods[example.answer] / len(targets[example.answer]),
+            "correct": float(correct),
+        }
+    return scores
+
+
+def summary(lines: list[dict[str, Any]], depth: bool = False) -> dict[str, dict[str, dict[str, float]]]:
+    """Means by task and choice; needles and pairs of all lengths and depths together, or by depth."""
+    groups: dict[str, list[dict]] = {}
+    for line in lines:
+        task, *place = line["task"].split(" ")
+        groups.setdefault(f"{task}, depth {place[1]}" if depth and place else task, []).append(line["scores"])
+    return {
+        task: {
+            name: {key: sum(s[name][key] for s in scores) / len(scores) for key in scores[0][name]}
+            for name in scores[0]
+        }
+        for task, scores in groups.items()
+    }
+
+
+def table(means: dict[str, dict[str, dict[str, float]]]) -> ResultTable:
+    """One row per choice; KL and top-1 agreement on text, KL and right answers elsewhere."""
+    rows = [["", *means]]
+    for name in next(iter(means.values())):
+        cells = []
+        for task, by_name in means.items():
+            values = by_name[name]
+            second = values["top1_agreement" if task == "text" else "correct"]
+            cells.append(f"{values['kl']:.3f} / {second:.0%}")
+        rows.append([name, *cells])
+    return ResultTable(rows)
+
+
+def main(args: TokenChoiceArguments) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
+    choices = TokenChoices(model, PruningPlan.from_pretrained(args.plan), args)
+    rows = load_text(args.text, split="validation")
+    stream = [
+        token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
+    ]
+    examples = [*texts(args, stream), *retrieval(args, tokenizer, stream), *questions(args, tokenizer)]
+    path = Path(args.output_dir) / "token_choice.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    if any(line["task"] != example.task for line, example in zip(lines, examples, strict=False)):
+        raise ValueError(f"{path} is of a run with other options; choose another output_dir")
+    with path.open("a", encoding="utf-8") as file:
+        for example in tqdm(examples[len(lines) :], desc="Token choice", unit="example"):
+            completions = [torch.tensor([completion]) for completion in example.completions]
+            scores = score(example, choices.logits(torch.tensor([example.prompt]), completions))
+            lines.append({"task": example.task, "prompt_tokens": len(example.prompt), "scores": scores})
+            file.write(json.dumps(lines[-1]) + "\n")
+            file.flush()
+    print(table(summary(lines)).to_text(), "\n")
+    print(table(summary(lines, depth=True)).to_text(), "\n")
+    print(json.dumps(summary(lines)))
+
+
+if __name__ == "__main__":
+    try:
+        main(*TrlParser(TokenChoiceArguments).parse_args_and_config())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

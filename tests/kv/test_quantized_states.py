@@ -1,0 +1,103 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_pdprune.kv import QUANTIZATIONS, QuantizedStates
+
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def random_states(shape, dtype=torch.float32, seed=0, spread=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    states = torch.randn(shape, generator=generator)
+    # Some heads and channels are much larger than others, as keys are.
+    return (states * torch.exp(spread * torch.randn(shape[-1], generator=generator))).to(dtype)
+
+
+def bound(states, kind):
+    """The largest error that rounding to the nearest code allows, per number."""
+    numbers = states.float()
+    if kind == "int4":
+        size = 32 if states.shape[-1] % 32 == 0 else states.shape[-1]
+        groups = numbers.unflatten(-1, (-1, size))
+        span = groups.amax(dim=-1, keepdim=True) - groups.amin(dim=-1, keepdim=True)
+        offset = groups.amin(dim=-1, keepdim=True).abs()
+        # bfloat16 keeps 8 bits: scale and offset are rounded outwards by up to 1 part in 128.
+        return ((span + offset / 128) / 30 * 1.02).expand_as(groups).flatten(-2)
+    largest = numbers.abs().amax(dim=-1, keepdim=True)
+    return largest / 254 * 1.02 if kind == "int8" else torch.maximum(numbers.abs() / 16 * 1.02, largest / 2**16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    kind=st.sampled_from(QUANTIZATIONS),
+    dtype=st.sampled_from(DTYPES),
+    rows=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    tokens=st.integers(1, 5),
+    half=st.integers(1, 40),
+    seed=st.integers(0, 2**16),
+)
+def test_error_is_that_of_rounding(kind, dtype, rows, heads, tokens, half, seed):
+    states = random_states((rows, heads, tokens, 2 * half), dtype, seed)
+    quantized = QuantizedStates.quantize(states, kind)
+    assert quantized.is_valid(kind)
+    assert quantized.shape == states.shape
+    back = quantized.dequantize()
+    assert back.dtype == dtype
+    rounding = states.float().abs() * torch.finfo(dtype).eps
+    assert ((back.float() - states.float()).abs() <= bound(states, kind) + rounding).all()
+
+
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.5, 1e-30, -1e30])
+def test_constant_states(kind, value):
+    states = torch.full((1, 1, 2, 64), value)
+    back = QuantizedStates.quantize(states, kind).dequantize()
+    assert torch.isfinite(back).all()
+    assert torch.allclose(back, states, rtol=0.01, atol=1e-30)
+
+
+def test_ends_of_the_range_are_reached():
+    states = torch.linspace(-2, 2, 64).view(1, 1, 1, 64)
+    for kind, error in (("int8", 0.02), ("int4", 0.1)):
+        back = QuantizedStates.quantize(states, kind).dequantize()
+        assert (back - states).abs().max() < error
+    codes = QuantizedStates.quantize(states, "int4").codes
+    assert {0, 15} <= set((codes & 15).flatten().tolist()) | set((codes >> 4).flatten().tolist())
+
+
+@pytest.mark.parametrize(("kind", "ratio"), [("fp8", 3.87), ("int8", 3.87), ("int4", 6.39)])
+def test_bytes(kind, ratio):
+    states = random_states((2, 3, 5, 64))
+    quantized = QuantizedStates.quantize(states, kind)
+    assert quantized.nbytes == sum(tensor.nbytes for tensor in quantized.tensors().values())
+    assert states.nbytes / quantized.nbytes == pytest.approx(ratio, abs=0.02)
+
+
+def test_tokens_do_not_change_each_other():
+    # So that the window can be chosen before or after, and blocks be sent token by token.
+    states = random_states((2, 3, 8, 64))
+    for kind in QUANTIZATIONS:
+        whole = QuantizedStates.quantize(states, kind).dequantize()
+        part = QuantizedStates.quantize(states[:, :, 2:5], kind).dequantize()
+        assert torch.equal(whole[:, :, 2:5], part)
+
+
+def test_order_of_packed_numbers():
+    states = torch.arange(16.0).view(1, 1, 1, 16)
+    assert QuantizedStates.quantize(states, "int4").codes.flatten().tolist() == [0x10 + 0x22 * i for i in range(8)]
+
+
+def test_bad_input():
+    states = random_states((1, 1, 2, 6))
+    with pytest.raises(ValueError, match="quantization must be one of fp8, int8, int4, got 'int2'"):
+        QuantizedStates.quantize(states, "int2")
+    with pytest.raises(ValueError, match="head_dim must be even, got 5"):
+        QuantizedStates.quantize(states[..., :5], "int4")
+    for value in (float("nan"), float("inf")):
+        states[0, 0, 1, 2] = value
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            QuantizedStates.quantize(states, "int8")
