@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -101,7 +102,7 @@ class PDPruneTrainer(SFTTrainer):
             self._search_round if args.search_in_rounds else None,
         )
         args.check_plan(plan)
-        self._fingerprint = _fingerprint(model)
+        self._fingerprint, self._is_loaded_in_parts = _fingerprint(model)
         self.dense_model = None  # the model itself, where adapters learn
         torch.manual_seed(args.seed)
         if args.full_finetuning:
@@ -168,7 +169,7 @@ class PDPruneTrainer(SFTTrainer):
         for name in ("full_finetuning", "search_in_rounds"):
             if getattr(self.args, name):
                 raise ValueError(f"{name} needs whole weights: it does not run with ZeRO-3 or FSDP")
-        if self.args.local_distillation_tokens and not self._fingerprint:
+        if self.args.local_distillation_tokens and self._is_loaded_in_parts:
             raise ValueError("local_distillation_tokens must be 0 where the model is loaded in partitions (ZeRO-3)")
 
     # Training
@@ -390,8 +391,10 @@ class PDPruneTrainer(SFTTrainer):
             export_learned_stages(self.stages(), self.plan, output_dir, self.processing_class)
 
 
-def _fingerprint(model: nn.Module) -> str:
-    """What both stages share: computed before weights are partitioned, or from the gathered embedding."""
+def _fingerprint(model: nn.Module) -> tuple[str, bool]:
+    """What both stages share; and whether the model was loaded in partitions."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    with maybe_gather_lm_head_ctx(base.get_input_embeddings().weight):
-        return model_fingerprint(base)
+    weight = base.get_input_embeddings().weight
+    is_partitioned = hasattr(weight, "ds_status")  # by DeepSpeed, while the model was loaded
+    with maybe_gather_lm_head_ctx(weight) if is_partitioned else nullcontext():
+        return model_fingerprint(base), is_partitioned
