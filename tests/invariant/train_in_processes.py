@@ -1,5 +1,6 @@
-"""Trains a tiny model and writes what came out: run by the tests, with `accelerate launch` or alone."""
+"""Trains a tiny model and writes what came out: run by the tests, in one process or in several."""
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -13,8 +14,7 @@ from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 
 def main(folder: Path, options: dict) -> None:
-    import faulthandler
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(200, exit=True)  # a process that waits for the other one says where
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = AutoConfig.for_model("llama", **json.loads((folder / "model.json").read_text()))
@@ -36,7 +36,7 @@ def main(folder: Path, options: dict) -> None:
     trainer = PDPruneTrainer(
         model,
         plan,
-        args=PDPruneConfig(str(folder / "run"), **options),
+        args=PDPruneConfig(**options),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[4:12]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
