@@ -43,7 +43,7 @@ def test_blocks_fade_before_they_go(plan):
     removal.move_to(10, 20)
     assert set(removal.scales["prefill"]) <= fading and not removal.is_complete
     with pytest.raises(ValueError, match="removal_fade_steps"):
-        removal.on_train_begin(None, SimpleNamespace(max_steps=12), None)
+        removal.on_train_begin(None, SimpleNamespace(max_steps=6), None)
 
 
 def test_rounds_may_choose_their_blocks(plan):
