@@ -27,7 +27,7 @@ from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 TOKENS, BATCH = 512, int(os.environ.get("BATCH", "2"))
 COMMON = {
     "output_dir": "/tmp/measure_training",
-    "max_steps": 2,
+    "max_steps": 1,
     "per_device_train_batch_size": BATCH,
     "max_length": TOKENS,
     "report_to": "none",
@@ -109,7 +109,7 @@ def measure_time(folder):
 
     cases = {"teacher": forward, "sft": step_of(plain), "ours": step_of(pruned)}
     seconds = {name: [] for name in cases}
-    for turn in range(6):
+    for turn in range(4):
         for name, case in cases.items():
             begun = time.process_time()
             case()

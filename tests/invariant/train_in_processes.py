@@ -17,7 +17,7 @@ def main(folder: Path, options: dict) -> None:
     faulthandler.dump_traceback_later(200, exit=True)  # a process that waits for the other one says where
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = AutoConfig.for_model("llama", **json.loads((folder / "model.json").read_text()))
+    config = AutoConfig.for_model(**json.loads((folder / "model.json").read_text()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     kv = KVPlan((1, 4), 2, 4)
     plan = PruningPlan.empty(model, "tiny", prefill=StagePlan((3,)), decode=StagePlan((2, 3)), kv=kv)
@@ -43,6 +43,7 @@ def main(folder: Path, options: dict) -> None:
     )
     trainer.train(resume_from_checkpoint=resume)
     metrics = trainer.evaluate()
+    trainer.save_model(str(Path(options["output_dir"]) / "stages"))
     if trainer.accelerator.is_main_process:
         result = {"log": trainer.state.log_history, "eval": metrics}
         (folder / "result.json").write_text(json.dumps(result))

@@ -3,7 +3,6 @@
 import copy
 import logging
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,18 +15,17 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path, maybe_gather_lm_head_ctx
+from trl.trainer.utils import create_model_from_path
 
 from ..blocks import get_blocks
 from ..data import PromptCompletionCollator
-from ..fingerprint import model_fingerprint
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
 from ..search import SearchConfig
 from .callbacks import BlockRemovalCallback
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
-from .learned_stages import export_learned_stages
+from .learned_stages import export_learned_stages, shared_fingerprint, whole_weights
 from .pdprune_config import PDPruneConfig
 from .residual_fit import ResidualFit, last_linear
 from .round_search import RoundSearch
@@ -102,7 +100,7 @@ class PDPruneTrainer(SFTTrainer):
             self._search_round if args.search_in_rounds else None,
         )
         args.check_plan(plan)
-        self._fingerprint, self._is_loaded_in_parts = _fingerprint(model)
+        self._fingerprint, self._is_loaded_in_parts = shared_fingerprint(model)
         self.dense_model = None  # the model itself, where adapters learn
         torch.manual_seed(args.seed)
         if args.full_finetuning:
@@ -387,14 +385,11 @@ class PDPruneTrainer(SFTTrainer):
             return
         if self.state.global_step > 0 and not self.removal.is_complete:
             logger.warning("training ended before all blocks were removed; the saved stages lack all of them")
-        if self.args.should_save:
-            export_learned_stages(self.stages(), self.plan, output_dir, self.processing_class)
-
-
-def _fingerprint(model: nn.Module) -> tuple[str, bool]:
-    """What both stages share; and whether the model was loaded in partitions."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weight = base.get_input_embeddings().weight
-    is_partitioned = hasattr(weight, "ds_status")  # by DeepSpeed, while the model was loaded
-    with maybe_gather_lm_head_ctx(weight) if is_partitioned else nullcontext():
-        return model_fingerprint(base), is_partitioned
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "the stages are not exported from weights that FSDP has sharded: train(resume_from_checkpoint=...) in "
+                "one process, from the last checkpoint, trains no further and can save them"
+            )
+        with whole_weights(self.accelerator.unwrap_model(self.model)):
+            if self.args.should_save:
+                export_learned_stages(self.stages(), self.plan, output_dir, self.processing_class)
