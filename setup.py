@@ -61,7 +61,10 @@ extras = {
     "vllm": deps_list("vllm"),
 }
 extras["dev"] = (
-    deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff") + extras["plots"] + extras["gguf"]
+    deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff")
+    + extras["plots"]
+    + extras["gguf"]
+    + extras["deepspeed"]
 )
 
 setup(

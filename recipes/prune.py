@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 import zlib
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_pro
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
-from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer, last_complete_checkpoint
 
 
 # What a distillation depends on; with other values of these an output_dir is another run.
@@ -51,6 +50,9 @@ TRAINING_SETTINGS = (
     "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
     "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
     "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
+    "stage", "full_finetuning", "removal_fade_steps", "search_in_rounds", "round_search_examples",
+    "distillation_mixture", "distillation_top_k", "distillation_weight", "cross_entropy_weight",
+    "hidden_matching_weight", "hidden_matching_blocks",
 )  # fmt: skip
 
 
@@ -215,16 +217,6 @@ def check_context(args: PruneArguments, benchmark: BenchmarkConfig, model: PreTr
                 f"{name} is too long: {getattr(args, name)} tokens and those after it are {length}, the model's "
                 f"context is {context}"
             )
-
-
-def last_complete_checkpoint(folder: Path) -> str | None:
-    """The latest checkpoint of a training that was written to the end, if any."""
-    complete = []
-    for path in folder.glob("checkpoint-*"):
-        with suppress(OSError, ValueError, KeyError):
-            # trainer_state.json is the last file of a checkpoint
-            complete.append((json.loads((path / "trainer_state.json").read_text())["global_step"], str(path)))
-    return max(complete)[1] if complete else None
 
 
 def train(

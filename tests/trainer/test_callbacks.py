@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 
 from hf_pdprune.plan import PruningPlan, StagePlan
@@ -26,3 +28,54 @@ def test_round_follows_from_the_step_alone(plan):
     removal = BlockRemovalCallback(plan, rounds=3, fraction=0.6)
     assert [removal.round_at(step, 100) for step in (0, 19, 20, 39, 40, 99)] == [1, 1, 2, 2, 3, 3]
     assert BlockRemovalCallback(plan, rounds=3, fraction=0.0).round_at(0, 100) == 3
+
+
+def test_blocks_fade_before_they_go(plan):
+    removal = BlockRemovalCallback(plan, rounds=2, fraction=1.0, fade_steps=3)
+    seen = []
+    for step in range(20):
+        removal.move_to(step, 20)
+        seen.append((len(removal.current_plan.decode.missing_blocks), removal.scales.get("decode", {})))
+    assert [missing for missing, _ in seen] == [0] * 3 + [3] * 7 + [3] * 3 + [6] * 7
+    assert [max(scales.values(), default=0) for _, scales in seen[:4]] == [0.75, 0.5, 0.25, 0]
+    fading = set(seen[10][1])
+    assert fading == set(plan.decode.missing_blocks) - set(removal.plan_of_round(1).decode.missing_blocks)
+    removal.move_to(10, 20)
+    assert set(removal.scales["prefill"]) <= fading and not removal.is_complete
+    with pytest.raises(ValueError, match="removal_fade_steps"):
+        removal.on_train_begin(None, SimpleNamespace(max_steps=6), None)
+
+
+def test_rounds_may_choose_their_blocks(plan):
+    calls = []
+
+    def search(before, target):
+        calls.append((before, target))
+        return target
+
+    removal = BlockRemovalCallback(plan, rounds=3, search=search)
+    removal.move_to(19, 20)
+    assert [before for before, _ in calls] == removal.plans[:2] and removal.final_plan == plan
+
+
+def test_metrics_do_not_count_before_all_blocks_are_gone(plan):
+    removal = BlockRemovalCallback(plan, rounds=2, fraction=0.5)
+    state = SimpleNamespace(
+        global_step=4, max_steps=20, best_metric=1.0, best_global_step=3, best_model_checkpoint="x"
+    )
+    removal.on_step_begin(None, state, None)
+    assert state.best_metric is state.best_global_step is state.best_model_checkpoint is None
+    state.global_step, state.best_metric = 6, 2.0
+    removal.on_step_begin(None, state, None)
+    assert state.best_metric == 2.0
+
+
+def test_checkpoint_of_other_rounds_is_refused(plan, tmp_path):
+    removal = BlockRemovalCallback(plan, rounds=3, fraction=0.6)
+    removal.move_to(25, 100)
+    removal.save(tmp_path)
+    again = BlockRemovalCallback(plan, rounds=3, fraction=0.6)
+    again.load(tmp_path)
+    assert again.plans == removal.plans and len(again.plans) == 2
+    with pytest.raises(ValueError, match="other rounds"):
+        BlockRemovalCallback(plan, rounds=2).load(tmp_path)

@@ -30,7 +30,6 @@ def test_every_option_is_documented_twice(option):
         ("local_distillation_rank", 0),
         ("lora_rank", 0),
         ("lora_alpha", 0),
-        ("activation_checkpointing", True),
         ("padding_free", True),
     ],
 )

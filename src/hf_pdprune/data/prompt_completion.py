@@ -89,10 +89,12 @@ class PromptCompletionCollator:
     Args:
         pad_token_id (`int`): Fills up the rows; masked everywhere.
         seed (`int`, defaults to 0): Other seeds cut plain text at other places.
+        min_completion_tokens (`int`, defaults to 1): To which completions are padded at least.
     """
 
     pad_token_id: int
     seed: int = 0
+    min_completion_tokens: int = 1
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -110,7 +112,8 @@ class PromptCompletionCollator:
         prompts = [list(row["input_ids"][:cut]) for row, cut in zip(rows, cuts, strict=True)]
         completions = [list(row["input_ids"][cut:]) for row, cut in zip(rows, cuts, strict=True)]
         labels = [list(row.get("labels", row["input_ids"])[cut:]) for row, cut in zip(rows, cuts, strict=True)]
-        prompt_width, width = max(map(len, prompts)), max(map(len, completions))
+        prompt_width = max(map(len, prompts))
+        width = max(self.min_completion_tokens, *map(len, completions))
         return {
             "prompt_ids": _padded(prompts, prompt_width, self.pad_token_id, left=True),
             "prompt_mask": _padded([[1] * len(p) for p in prompts], prompt_width, 0, left=True),
@@ -118,6 +121,12 @@ class PromptCompletionCollator:
             "completion_mask": _padded([[1] * len(c) for c in completions], width, 0),
             "labels": _padded(labels, width, IGNORED_LABEL),
         }
+
+    def with_prompt(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """The row as an example: labels are -100 up to where the completion begins."""
+        cut, tokens = self._cut(row), list(row["input_ids"])
+        labels = list(row.get("labels", tokens))
+        return {"input_ids": tokens, "labels": [IGNORED_LABEL] * cut + labels[cut:]}
 
     def _cut(self, row: dict[str, Any]) -> int:
         """Length of the row's prompt."""

@@ -26,6 +26,7 @@ class Stage:
         adapter (`str`, *optional*): Name of the adapter that this stage applies.
         module (`nn.Module`, *optional*): What is called in a forward where that is not `model` itself but a wrapper
             around it (`DistributedDataParallel` and the like).
+        fingerprint (`str`, *optional*): What both stages of a pair share. Default: that of the model.
 
     Raises:
         `ValueError`: If the model is neither the plan's dense model nor a checkpoint of this stage.
@@ -34,7 +35,12 @@ class Stage:
     name: str
 
     def __init__(
-        self, model: nn.Module, plan: PruningPlan, adapter: str | None = None, module: nn.Module | None = None
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        adapter: str | None = None,
+        module: nn.Module | None = None,
+        fingerprint: str | None = None,
     ):
         blocks = plan.blocks_of(model.config)
         entry = getattr(model.config, "pdprune", None)
@@ -46,7 +52,7 @@ class Stage:
         self.module = model if module is None else module
         self.running_blocks = plan.kept_blocks(self.name)
         self.bypassed = tuple(index for index, block in enumerate(blocks) if block not in self.running_blocks)
-        self.fingerprint = model_fingerprint(model)
+        self.fingerprint = model_fingerprint(model) if fingerprint is None else fingerprint
 
     def generation_setting(self, generate_kwargs: Mapping[str, Any], name: str) -> Any:
         """What `model.generate(**generate_kwargs)` will use for `name`; `None` for a default of transformers."""

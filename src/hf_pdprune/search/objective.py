@@ -3,7 +3,7 @@
 import heapq
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,6 +92,7 @@ class Objective:
         calibration ([`Calibration`]): The examples.
         hidden_cache_bytes (`int`, defaults to 4 GiB): Bound for hidden states and KV entries in this process.
         journal ([`SearchJournal`], *optional*): Where energies are written, and known ones come from.
+        adapters (`Mapping[str, str]`, *optional*): Adapter that a stage applies, by the stage's name. Default: none.
     """
 
     def __init__(
@@ -100,7 +101,9 @@ class Objective:
         calibration: Calibration,
         hidden_cache_bytes: int = 4 << 30,
         journal: SearchJournal | None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
+        self.adapters = dict(adapters or {})
         self.model = model
         self.calibration = calibration
         self.dense_plan = PruningPlan.empty(model)
@@ -294,7 +297,8 @@ class Objective:
             base.prefill_inputs[start] if start else None,
             self.recorded_blocks if keep else (),
         )
-        with bypass_blocks(self.model, plan.prefill.missing_blocks):
+        adapted = active_adapter(self.model, self.adapters.get("prefill"))
+        with bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
             output = forward(
                 input_ids=tensors["prompt_ids"],
                 attention_mask=tensors["prompt_mask"],
@@ -325,7 +329,7 @@ class Objective:
         forward = PartialForward(
             self.model, start, base.decode_inputs[start] if start else None, self.recorded_blocks if keep else ()
         )
-        stage = DecodeStage(self.model, plan, module=forward)
+        stage = DecodeStage(self.model, plan, self.adapters.get("decode"), module=forward)
         logits = stage.forward(self._payload(batch, plan, state), tensors["completion_ids"][:, :-1], completion_mask)
         state.decode_inputs = forward.recorded
         if start:

@@ -1,35 +1,59 @@
 """BlockRemovalCallback: removes a plan's blocks in rounds while training goes on."""
 
 import math
+import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..artefact_file import read_json, write_artefact
 from ..plan import PruningPlan, StagePlan
+
+
+ROUNDS_FILE_NAME = "removal_rounds.json"
 
 
 class BlockRemovalCallback(TrainerCallback):
     """
-    Removes the blocks of a plan in rounds. What is removed at a step follows from the step alone, so that a resumed
-    training goes on in the round in which it stopped.
+    Removes the blocks of a plan in rounds. What is removed at a step follows from the step and from the plans of the
+    rounds so far, so that a resumed training goes on in the round in which it stopped.
+
+    As long as blocks are still to be removed, a metric says nothing about the final stages: the best metric so far
+    is forgotten at every step, so that neither early stopping nor `load_best_model_at_end` looks at it.
 
     Args:
         plan ([`PruningPlan`]): What is removed in the end.
         rounds (`int`): Number of rounds; each removes about as many blocks of decode as the others, and those of them
             that prefill does without.
         fraction (`float`): Part of all steps by which the last round has begun.
+        fade_steps (`int`): Steps over which what a block adds to the hidden states is scaled from 1 to 0 before it is
+            removed; 0 removes it at once.
+        search (`Callable`, *optional*): Called as `search(plan, target)` at the beginning of every round after the
+            first; gives the plan of the round, with as many blocks missing as `target`, from that of the round before.
     """
 
-    def __init__(self, plan: PruningPlan, rounds: int = 1, fraction: float = 0.5):
-        self.final_plan = plan
+    def __init__(
+        self,
+        plan: PruningPlan,
+        rounds: int = 1,
+        fraction: float = 0.5,
+        fade_steps: int = 0,
+        search: Callable[[PruningPlan, PruningPlan], PruningPlan] | None = None,
+    ):
+        self.given_plan = plan
         self.rounds = rounds
         self.fraction = fraction
-        self.current_plan = self.plan_of_round(1)
+        self.fade_steps = fade_steps
+        self.search = search
+        self.plans = [self.plan_of_round(1)]  # of the rounds that have begun
+        self.steps_in_round = 0
 
     def plan_of_round(self, number: int) -> PruningPlan:
-        """The plan after round `number` (1 is the first): the subset rule holds in each of them."""
-        plan = self.final_plan
+        """The given plan's part after round `number` (1 is the first): the subset rule holds in each of them."""
+        plan = self.given_plan
         # What both stages lose goes first: decode then never waits for KV entries that prefill stops computing.
         both = [block for block in plan.decode.missing_blocks if block in plan.prefill.missing_blocks]
         decode_only = [block for block in plan.decode.missing_blocks if block not in both]
@@ -41,10 +65,96 @@ class BlockRemovalCallback(TrainerCallback):
         length = self.fraction * max_steps / self.rounds
         return self.rounds if length == 0 else min(self.rounds, 1 + int(step / length))
 
+    def first_step(self, number: int, max_steps: int) -> int:
+        """The step at which a round begins."""
+        return next((step for step in range(max_steps) if self.round_at(step, max_steps) >= number), max_steps)
+
+    # What is removed now
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all blocks are removed."""
+        return len(self.plans) == self.rounds and not self.is_fading
+
+    @property
+    def is_fading(self) -> bool:
+        """Whether the blocks of this round are on their way out."""
+        return self.steps_in_round < self.fade_steps
+
+    @property
+    def final_plan(self) -> PruningPlan:
+        """The plan in the end, as far as it is known: that of the last round, once it has begun."""
+        return self.plans[-1] if len(self.plans) == self.rounds else self.given_plan
+
+    @property
+    def current_plan(self) -> PruningPlan:
+        """What is missing at this step; fading blocks are still there."""
+        if not self.is_fading:
+            return self.plans[-1]
+        return self.plans[-2] if len(self.plans) > 1 else _without_removal(self.given_plan)
+
+    @property
+    def scales(self) -> dict[str, dict[int, float]]:
+        """By stage and block, what fading blocks are multiplied with."""
+        if not self.is_fading:
+            return {}
+        scale = 1 - (self.steps_in_round + 1) / (self.fade_steps + 1)
+        before, after = self.current_plan, self.plans[-1]
+        return {
+            stage: dict.fromkeys(
+                sorted(set(after.stage(stage).missing_blocks) - set(before.stage(stage).missing_blocks)), scale
+            )
+            for stage in ("prefill", "decode")
+        }
+
+    # Events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.fade_steps and self.first_step(self.rounds, state.max_steps) + self.fade_steps >= state.max_steps:
+            raise ValueError(
+                f"removal_fade_steps={self.fade_steps} is too long: the last of {self.rounds} rounds begins at step "
+                f"{self.first_step(self.rounds, state.max_steps)} of {state.max_steps}, so its blocks would never be "
+                "removed"
+            )
+
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.current_plan = self.plan_of_round(self.round_at(state.global_step, state.max_steps))
+        self.move_to(state.global_step, state.max_steps)
+        if not self.is_complete:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def move_to(self, step: int, max_steps: int) -> None:
+        """Removes what is to be missing at a step."""
+        number = self.round_at(step, max_steps)
+        while len(self.plans) < number:
+            target = self.plan_of_round(len(self.plans) + 1)
+            self.plans.append(target if self.search is None else self.search(self.plans[-1], target))
+        self.steps_in_round = step - self.first_step(number, max_steps)
+
+    # Checkpoints
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes the plans of the rounds so far into a checkpoint."""
+        write_artefact(Path(folder) / ROUNDS_FILE_NAME, {"plans": [plan.to_dict() for plan in self.plans]})
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """
+        Goes back to the rounds of a checkpoint.
+
+        Raises:
+            `ValueError`: If it was trained towards another plan.
+        """
+        plans = [PruningPlan.from_dict(plan) for plan in read_json(Path(folder) / ROUNDS_FILE_NAME)["plans"]]
+        expected = self.plan_of_round(1 if self.search is not None else len(plans))
+        there = plans[0] if self.search is not None else plans[-1]
+        if len(plans) > self.rounds or there.digest != expected.digest:
+            raise ValueError(
+                f"the checkpoint {folder} was trained towards another plan, or in other rounds, than this training"
+            )
+        self.plans = plans
 
 
 def _restricted(stage: StagePlan, gone: set[int]) -> StagePlan:
@@ -53,3 +163,7 @@ def _restricted(stage: StagePlan, gone: set[int]) -> StagePlan:
         tuple(block for block in stage.removed_blocks if block in gone),
         tuple(pair for pair in stage.merged_blocks if pair[1] in gone),
     )
+
+
+def _without_removal(plan: PruningPlan) -> PruningPlan:
+    return replace(plan, prefill=StagePlan(), decode=StagePlan())

@@ -1,16 +1,14 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
 import copy
+import logging
 import os
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.modeling_outputs import CausalLMOutput
@@ -19,17 +17,26 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 from trl.trainer.utils import create_model_from_path
 
-from ..adapters import adapter_parameters
-from ..blocks import blocks_path
 from ..data import PromptCompletionCollator
-from ..hub import export_stages, push_stages_to_hub
-from ..inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
+from ..hub import push_stages_to_hub
+from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
+from ..search import SearchConfig
 from .callbacks import BlockRemovalCallback
-from .losses import DISTILLATION_LOSSES, mean_over_labels
+from .distillation_step import DistillationStep, call_inside
+from .hidden_matching import HiddenMatching
+from .learned_stages import export_learned_stages, shared_fingerprint, whole_weights
 from .pdprune_config import PDPruneConfig
-from .residual_fit import ResidualFit, fitted_layers
+from .residual_fit import ResidualFit
+from .round_search import RoundSearch
+from .stage_adapters import STAGE_ADAPTERS, default_lora
+from .token_losses import TokenLosses
+from .training_checkpoint import DivergenceError, begin_checkpoint, check_adapters, last_complete_checkpoint
+from .training_data import check_given_rows, check_prepared_rows
+from .training_metrics import TrainingMetrics
 
+
+logger = logging.getLogger(__name__)
 
 STAGES = ("prefill", "decode")
 
@@ -41,7 +48,8 @@ class PDPruneTrainer(SFTTrainer):
     has a LoRA adapter of its own, and the teacher is the same model without adapters and with all blocks.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`]): The dense model, or its id.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The dense model, or its id. Adapters
+            of an earlier training that it has go on from where they are.
         plan ([`PruningPlan`] or `str`): The plan, or the folder or repo where it is.
         args ([`PDPruneConfig`], *optional*): The options.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
@@ -50,10 +58,12 @@ class PDPruneTrainer(SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of
             the blocks that the stage keeps.
-        kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...).
+        kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...). `compute_metrics` gets logits
+            of shape `(batch_size, completion_tokens, vocab_size)` and labels that are aligned with them, -100 where
+            there is none; with `include_for_metrics=["teacher"]`, those of the stages and of the dense model.
 
     Raises:
-        `ValueError`: If the plan is of another model.
+        `ValueError`: If the plan is of another model, or the data cannot be trained on.
     """
 
     _tag_names = ["hf_pdprune", "pruned", "prefill-decode-disaggregation"]
@@ -62,7 +72,7 @@ class PDPruneTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         plan: PruningPlan | str | os.PathLike,
         args: PDPruneConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -72,78 +82,121 @@ class PDPruneTrainer(SFTTrainer):
         **kwargs: Any,
     ):
         args = args or PDPruneConfig("pdprune")
-        self.plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
+        plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
             model = create_model_from_path(model, **(args.model_init_kwargs or {}))
             args.model_init_kwargs = None
-        self.plan.blocks_of(model.config)  # raises if the plan is of another model
+        plan.blocks_of(model.config)  # raises if the plan is of another model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None:  # rows are cut to max_length, which no model can exceed
             args.max_length = min(args.max_length or context, context)
-        self.removal = BlockRemovalCallback(self.plan, args.removal_rounds, args.removal_fraction)
-        model = self._with_adapters(model, args, peft_config)
+        self.stage_adapters = STAGE_ADAPTERS[args.stage]
+        self.removal = BlockRemovalCallback(
+            plan,
+            args.removal_rounds,
+            args.removal_fraction,
+            args.removal_fade_steps,
+            self._search_round if args.search_in_rounds else None,
+        )
+        args.check_plan(plan)
+        self._fingerprint, self._is_loaded_in_parts = shared_fingerprint(model)
+        self.dense_model = None  # the model itself, where adapters learn
+        torch.manual_seed(args.seed)
+        if args.full_finetuning:
+            self.dense_model = model.requires_grad_(False)
+            model = copy.deepcopy(model).requires_grad_(True)
+        else:
+            model = self._with_adapters(model, plan, args, peft_config)
         pad_token_id = processing_class.pad_token_id if processing_class is not None else None
         if pad_token_id is None:
             pad_token_id = model.config.get_text_config().eos_token_id or 0
+        # transformers' own would leave out the KV cache, see checkpointed_blocks.
+        self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
+        args.gradient_checkpointing = False
+        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+        for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
+            check_given_rows(dataset, name)
+        # All processes have to run decode equally often, also one whose completions have a single token.
+        collator = PromptCompletionCollator(pad_token_id, args.seed, 2 if args.world_size > 1 else 1)
         super().__init__(
             model=model,
             args=args,
-            data_collator=PromptCompletionCollator(pad_token_id, seed=args.seed),
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
+        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
+            check_prepared_rows(dataset, name, context, args.max_length)
         self._loss_shifts_labels = False  # the collator's labels are aligned with the logits
+        self._sums = {"train": TrainingMetrics(), "eval": TrainingMetrics()}
+        self._stages: tuple[tuple[str, bool], tuple[PrefillStage, DecodeStage]] | None = None
+        if self.dense_model is not None:
+            self.dense_model.to(self.args.device)
+        self._check_distributed()
         self.add_callback(self.removal)
 
-    def _with_adapters(self, model: PreTrainedModel, args: PDPruneConfig, peft_config: PeftConfig | None) -> nn.Module:
-        """The model with one adapter per stage, both of which learn."""
-        torch.manual_seed(args.seed)
-        path = blocks_path(model)
-        for stage in STAGES:
-            config = copy.deepcopy(peft_config) or LoraConfig(
-                r=args.lora_rank, lora_alpha=args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-            )
-            missing = self.plan.stage(stage).missing_blocks
-            if peft_config is None and args.local_distillation_tokens:
-                rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
-                fitted = [re.escape(f"{path}.{name}") for name in fitted_layers(model, missing)]
-                config.rank_pattern = dict.fromkeys(fitted, rank)
-                config.alpha_pattern = dict.fromkeys(fitted, rank * args.lora_alpha / args.lora_rank)  # same scaling
-            if peft_config is None and missing:
-                numbers = "|".join(map(str, missing))
-                config.exclude_modules = rf"{re.escape(path)}\.({numbers})\..*"
-            if stage == STAGES[0]:
-                model = get_peft_model(model, config, adapter_name=stage)
-            else:
-                model.add_adapter(stage, config)
-        self._train_both_adapters(model)
-        return model
+    @property
+    def plan(self) -> PruningPlan:
+        """What is removed in the end."""
+        return self.removal.final_plan
 
-    @staticmethod
-    def _train_both_adapters(model: nn.Module) -> None:
-        for stage in STAGES:
-            for parameter in adapter_parameters(model, stage).values():
-                parameter.requires_grad_(True)
+    def _with_adapters(
+        self, model: nn.Module, plan: PruningPlan, args: PDPruneConfig, peft_config: PeftConfig | None
+    ) -> PeftModel:
+        """The model with the adapters that learn, and with no others trainable."""
+        config = peft_config or default_lora(args.lora_rank, args.lora_alpha)
+        kwargs = {}
+        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+            kwargs["autocast_adapter_dtype"] = False  # ZeRO-3 gathers parameters of one dtype only, see SFTTrainer
+        skip_missing_blocks = peft_config is None and not args.search_in_rounds
+        fitted_rank = None
+        if peft_config is None and args.local_distillation_tokens:
+            fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
+        return self.stage_adapters.add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
+
+    def _check_distributed(self) -> None:
+        """Raises a `ValueError` if something needs whole weights where they are partitioned."""
+        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        self._is_sharded = kind == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
+        if not self._is_sharded:
+            return
+        for name in ("full_finetuning", "search_in_rounds"):
+            if getattr(self.args, name):
+                raise ValueError(f"{name} needs whole weights: it does not run with ZeRO-3 or FSDP")
+        if self.args.local_distillation_tokens and self._is_loaded_in_parts:
+            raise ValueError("local_distillation_tokens must be 0 where the model is loaded in partitions (ZeRO-3)")
+
+    # Training
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no complete checkpoint in {self.args.output_dir} to resume from")
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
+            self.removal.load(resume_from_checkpoint)
             steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
             if state.global_step >= steps:  # Trainer would do one step more
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
+                self.removal.move_to(state.global_step, state.max_steps)
                 return TrainOutput(state.global_step, 0.0, {})
-        is_lora = all(isinstance(config, LoraConfig) for config in self.model.peft_config.values())
-        if is_lora and not resume_from_checkpoint and self.args.local_distillation_tokens:
-            self.fit_residuals(self.args.local_distillation_tokens)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        elif self.args.local_distillation_tokens and not self.args.full_finetuning:
+            if all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
+                self.fit_residuals(self.args.local_distillation_tokens)
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self.removal.move_to(self.state.global_step, self.state.max_steps)
+        return result
 
     def fit_residuals(self, num_tokens: int) -> None:
         """
-        Starts both adapters from a fit in closed form (see [`ResidualFit`]).
+        Starts the adapters that learn from a fit in closed form (see [`ResidualFit`]).
 
         Args:
             num_tokens (`int`): Tokens of the training set that are used, in rows of equal length.
@@ -159,22 +212,73 @@ class PDPruneTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         rows = rows.to(model.get_input_embeddings().weight.device)
         fit = ResidualFit(model, rows.split(max(1, 4096 // length)))
-        for stage in STAGES:
-            fit.fit(self.removal.current_plan.stage(stage).missing_blocks, stage)
+        for adapter in self.stage_adapters.trained:
+            stage = self.stage_adapters.stages_of(adapter)[0]
+            fit.fit(self.removal.current_plan.stage(stage).missing_blocks, adapter)
 
-    def stages(self, module: nn.Module | None = None, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
+    def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
+        """The plan of the next round, chosen with what the adapters have learned (see [`RoundSearch`])."""
+        model = self.accelerator.unwrap_model(self.model)
+        rows = [row for _, row in zip(range(self.args.round_search_examples), self.train_dataset, strict=False)]
+        limits = SearchConfig()
+        search = RoundSearch(
+            model,
+            self.stage_adapters.of_model(model),
+            [self.data_collator.with_prompt(row) for row in rows],
+            range(limits.num_protected_first_blocks, plan.num_hidden_layers - limits.num_protected_last_blocks),
+            self.data_collator.pad_token_id,
+            self.args.per_device_eval_batch_size,
+        )
+        return search(plan, target)
+
+    def stages(self, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
         """
-        Both stages as they are at this step, as views of the one model.
+        Both stages as they are at this step, as views of the model.
 
         Args:
-            module (`nn.Module`, *optional*): What is called in a forward, where that wraps the model (DDP).
             token_aware (`bool`, defaults to `True`): Whether decode gets only what the plan sends.
         """
         plan = self.removal.current_plan
-        if not token_aware:
-            plan = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
-        model = self.accelerator.unwrap_model(self.model)
-        return PrefillStage(model, plan, "prefill", module), DecodeStage(model, plan, "decode", module)
+        key = (plan.digest, token_aware)
+        if self._stages is None or self._stages[0] != key:
+            if not token_aware:
+                plan = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
+            learning = self.accelerator.unwrap_model(self.model)
+            adapters = self.stage_adapters.of_model(learning)
+            stages = []
+            for stage in (PrefillStage, DecodeStage):
+                learns = getattr(self.stage_adapters, stage.name) in self.stage_adapters.trained
+                model = learning if learns or self.dense_model is None else self.dense_model
+                stages.append(stage(model, plan, adapters.get(stage.name), fingerprint=self._fingerprint))
+            self._stages = (key, tuple(stages))
+        return self._stages[1]
+
+    def _distillation_step(self) -> DistillationStep:
+        args, plan = self.args, self.removal.current_plan
+        prefill, decode = self.stages(args.token_aware_distillation)
+        return DistillationStep(
+            dense=self.dense_model or self.accelerator.unwrap_model(self.model),
+            prefill=prefill,
+            decode=decode,
+            losses=TokenLosses(
+                args.distillation_loss,
+                args.distillation_temperature,
+                args.distillation_mixture,
+                args.distillation_top_k,
+                args.distillation_weight,
+                args.cross_entropy_weight,
+                args.logits_chunk_tokens,
+            ),
+            matching=HiddenMatching(plan, args.hidden_matching_blocks) if args.hidden_matching_weight else None,
+            matching_weight=args.hidden_matching_weight,
+            scales=self.removal.scales,
+            checkpoints_blocks=self._checkpoints_blocks,
+            num_chunks=self._most_chunks if self._is_sharded else None,
+        )
+
+    def _most_chunks(self, number: int) -> int:
+        """The largest number of chunks in any process: a partitioned LM head is gathered by all of them."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
 
     def compute_loss(
         self,
@@ -184,72 +288,112 @@ class PDPruneTrainer(SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, CausalLMOutput]:
         """
-        Distillation loss per completion token. With `return_outputs`, `logits[:, i]` are those that predict
-        `labels[:, i]` (already aligned).
+        Mean loss per completion token. With `return_outputs`, `logits[:, i]` are those that predict `labels[:, i]`
+        (already aligned).
         """
-        mode = "train" if self.model.training else "eval"
-        with torch.no_grad(), _eval_mode(self.model):
-            teacher = dense_forward(self.accelerator.unwrap_model(self.model), inputs, model)
-        prefill, decode = self.stages(model, self.args.token_aware_distillation)
-        student = disaggregated_forward(prefill, decode, inputs)
-        per_token = DISTILLATION_LOSSES[self.args.distillation_loss](
-            student, teacher, self.args.distillation_temperature
-        )
-        loss = mean_over_labels(per_token, inputs["labels"], num_items_in_batch)
+        inside = self.accelerator.unwrap_model(self.model)
+        output = call_inside(model, inside, self._distillation_step(), inputs, return_logits=return_outputs)
+        count = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
-        self._record_metrics(mode, student, teacher, per_token, inputs)
-        return (loss, CausalLMOutput(loss=loss, logits=student)) if return_outputs else loss
+        self._sums["train" if self.model.training else "eval"].add(output, inputs)
+        if not return_outputs:
+            return loss
+        logits = output.student_logits
+        if "teacher" in self.args.include_for_metrics:
+            logits = (logits, output.teacher_logits)
+        return loss, CausalLMOutput(loss=loss, logits=logits)
 
-    @torch.no_grad()
-    def _record_metrics(
-        self, mode: str, student: torch.Tensor, teacher: torch.Tensor, per_token: torch.Tensor, inputs: dict
-    ) -> None:
-        mask = inputs["labels"] != -100
-        agreement = (student.argmax(-1) == teacher.argmax(-1))[mask].float()
-        sums = torch.stack([per_token.detach()[mask].sum(), agreement.sum(), mask.sum().float()])
-        loss, agreeing, tokens = self.accelerator.gather_for_metrics(sums.unsqueeze(0)).sum(0).tolist()
-        self._metrics[mode]["distillation_loss"].append(loss / max(tokens, 1))
-        self._metrics[mode]["top1_agreement"].append(agreeing / max(tokens, 1))
-        for stage in STAGES:
-            self._metrics[mode][f"{stage}_blocks"] = [len(self.removal.current_plan.kept_blocks(stage))]
-        if mode == "train":
-            tokens = (inputs["prompt_mask"].sum() + inputs["completion_mask"].sum()).unsqueeze(0)
-            self._total_train_tokens += int(self.accelerator.gather_for_metrics(tokens).sum())
-            self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise self._diverged(f"the loss is {loss.item()}")
+        return loss
+
+    def _diverged(self, what: str) -> DivergenceError:
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        good = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before"
+        return DivergenceError(
+            f"training diverged at step {self.state.global_step + 1}: {what}; {good}. Try a lower learning_rate or "
+            "max_grad_norm"
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        if metrics := self._sums[mode].pop():
+            read = metrics.pop("read_tokens")
+            if not self.args.hidden_matching_weight:
+                del metrics["hidden_loss"]
+            for stage in STAGES:
+                metrics[f"{stage}_blocks"] = len(self.removal.current_plan.kept_blocks(stage))
+            if mode == "train":
+                self._total_train_tokens += read
+                metrics["num_tokens"] = self._total_train_tokens
+            for name, value in metrics.items():  # SFTTrainer adds these to logs, with their prefix
+                self._metrics[mode][name] = [value]
+        super().log(logs, start_time)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs), None, None
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, output.logits, inputs["labels"])
+        return loss, output.logits, inputs["labels"]
+
+    # Checkpoints
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        learning = (p for p in self.model.parameters() if p.requires_grad)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in learning):
+            raise self._diverged("weights are no numbers any more")
+        if self.args.should_save:
+            begin_checkpoint(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process writes trainer_state.json next, by which a checkpoint is complete.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        # Trainer freezes every adapter but the first when it has loaded several.
-        self._train_both_adapters(self.model)
+        if isinstance(self.model, PeftModel):  # Trainer freezes every adapter but the first when it has loaded several
+            self.stage_adapters.let_learn(self.model)
+
+    def _load_best_model(self) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
+            super()._load_best_model()
+        else:  # Trainer looks for an adapter without a name
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`. The
-        checkpoints that training itself writes hold the adapters and the plan, not the dense weights.
+        checkpoints that training itself writes hold the adapters and the plan, not the dense weights (but with
+        `full_finetuning`, the weights that learn).
         """
         output_dir = output_dir or self.args.output_dir
         if _internal_call:
             super().save_model(output_dir, _internal_call=True)
             if self.args.should_save:
                 self.plan.save_pretrained(output_dir)
+                self.removal.save(output_dir)
             return
-        if self.args.should_save:
-            export_stages(
-                self.accelerator.unwrap_model(self.model),
-                self.plan,
-                output_dir,
-                adapters={stage: stage for stage in STAGES},
-                tokenizer=self.processing_class,
+        if self.state.global_step > 0 and not self.removal.is_complete:
+            logger.warning("training ended before all blocks were removed; the saved stages lack all of them")
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "the stages are not exported from weights that FSDP has sharded: train(resume_from_checkpoint=...) in "
+                "one process, from the last checkpoint, trains no further and can save them"
             )
+        with whole_weights(self.accelerator.unwrap_model(self.model)):
+            if self.args.should_save:
+                export_learned_stages(self.stages(), self.plan, output_dir, self.processing_class)
 
     def push_to_hub(
         self,
@@ -280,14 +424,3 @@ class PDPruneTrainer(SFTTrainer):
             token=token or self.args.hub_token,
             **kwargs,
         )
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """The teacher predicts without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

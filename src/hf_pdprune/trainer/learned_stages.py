@@ -1,0 +1,67 @@
+"""Writes the stages that a training has made as checkpoints of their own."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..fingerprint import combined_fingerprint, model_fingerprint
+from ..hub import export_stage, export_stages
+from ..inference import DecodeStage, PrefillStage
+from ..plan import PruningPlan
+
+
+def export_learned_stages(
+    stages: tuple[PrefillStage, DecodeStage],
+    plan: PruningPlan,
+    output_dir: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """
+    Writes `<output_dir>/prefill` and `<output_dir>/decode`.
+
+    Args:
+        stages (`tuple[PrefillStage, DecodeStage]`): Views of one model with adapters, or of a model that learned as a
+            whole and of the dense one.
+        plan ([`PruningPlan`]): What they do without in the end.
+        output_dir (`str`): Folder of the pair.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
+    """
+    prefill, decode = stages
+    if prefill.model is decode.model and (prefill.adapter or decode.adapter):
+        adapters = {stage.name: stage.adapter for stage in stages if stage.adapter}
+        export_stages(prefill.model, plan, output_dir, adapters=adapters, tokenizer=tokenizer)
+        return
+    fingerprint = prefill.fingerprint
+    for stage in stages:
+        learned = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
+        fingerprint = combined_fingerprint(fingerprint, learned)
+    for stage in stages:
+        folder = Path(output_dir) / stage.name
+        export_stage(stage.model, plan, stage.name, folder, None, tokenizer, fingerprint)
+    plan.save_pretrained(output_dir)
+
+
+def shared_fingerprint(model: nn.Module) -> tuple[str, bool]:
+    """What both stages of a dense model share; and whether ZeRO-3 has partitioned it while it was loaded."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    weight = base.get_input_embeddings().weight
+    with whole_weights(nn.ParameterList([weight])):
+        return model_fingerprint(base), hasattr(weight, "ds_status")
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Within this context every process holds all weights of a model that ZeRO-3 has partitioned."""
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters  # it is installed where weights are partitioned by it
+
+    with GatheredParameters(partitioned):
+        yield

@@ -1,0 +1,68 @@
+"""RoundSearch: chooses the blocks of a removal round anew, with what distillation has healed so far."""
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..plan import PruningPlan
+from ..search import Calibration, Objective
+from ..search.moves import with_removed
+
+
+class RoundSearch:
+    """
+    Chooses which blocks a removal round takes, greedily and by the search's own objective, in which the stages apply
+    what their adapters have learned so far. Only how many blocks go comes from the given plan.
+
+    Args:
+        model (`nn.Module`): The dense model with adapters.
+        adapters (`Mapping[str, str]`): Adapter of each stage.
+        examples (`Sequence[dict]`): What plans are measured on, each with `input_ids` and `labels`.
+        removable (`Sequence[int]`): Blocks that may be removed.
+        pad_token_id (`int`): Fills up the examples.
+        batch_size (`int`): Examples per forward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Mapping[str, str],
+        examples: Sequence[dict[str, list[int]]],
+        removable: Sequence[int],
+        pad_token_id: int = 0,
+        batch_size: int = 4,
+    ):
+        self.model = model
+        self.adapters = adapters
+        self.removable = tuple(removable)
+        self.calibration = Calibration(model, examples, pad_token_id, batch_size)
+
+    def __call__(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
+        """
+        The plan of a round.
+
+        Args:
+            plan ([`PruningPlan`]): That of the round before; what it removes stays removed.
+            target ([`PruningPlan`]): Has as many blocks missing in each stage as the result.
+        """
+        objective = Objective(self.model, self.calibration, adapters=self.adapters)
+        goal = len(target.prefill.missing_blocks), len(target.decode.missing_blocks)
+        steps = goal[1] - len(plan.decode.missing_blocks)
+        with tqdm(total=steps, desc="Search in rounds", unit="block", disable=None) as progress:
+            while (missing := len(plan.prefill.missing_blocks)) < goal[0] or len(plan.decode.missing_blocks) < goal[1]:
+                objective.accept(plan)
+                plan, energy = objective.best_of(self._next(plan, in_prefill=missing < goal[0]))
+                progress.set_postfix(energy=f"{energy:.4f}")
+                progress.update()
+        return plan
+
+    def _next(self, plan: PruningPlan, in_prefill: bool) -> list[PruningPlan]:
+        """Plans that do without one block more, in both stages or in decode alone."""
+        prefill, decode = plan.prefill.removed_blocks, plan.decode.removed_blocks
+        if in_prefill:
+            # A block that decode lacks already costs it nothing more; each other goes out of both stages.
+            blocks = [block for block in self.removable if block not in prefill]
+            return [with_removed(plan, (*prefill, block), {*decode, block}) for block in blocks]
+        blocks = [block for block in self.removable if block not in decode]
+        return [with_removed(plan, prefill, (*decode, block)) for block in blocks]

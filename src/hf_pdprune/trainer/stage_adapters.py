@@ -1,0 +1,124 @@
+"""StageAdapters: which adapter each stage applies, and which of them learn."""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+
+from ..adapters import adapter_parameters
+from ..blocks import blocks_path, get_blocks
+from ..plan import PruningPlan
+from .residual_fit import fitted_layers
+
+
+@dataclass(frozen=True)
+class StageAdapters:
+    """
+    Which adapter each stage applies, and which of them learn.
+
+    Args:
+        prefill (`str`): Adapter of the prefill stage.
+        decode (`str`): Adapter of the decode stage.
+        trained (`tuple[str, ...]`): Those that learn; others are applied as they are, if the model has them.
+    """
+
+    prefill: str
+    decode: str
+    trained: tuple[str, ...]
+
+    def stages_of(self, adapter: str) -> tuple[str, ...]:
+        """The stages that apply an adapter."""
+        return tuple(stage for stage in ("prefill", "decode") if getattr(self, stage) == adapter)
+
+    def of_model(self, model: nn.Module) -> dict[str, str]:
+        """Adapter of each stage, without those that the model does not have."""
+        there = getattr(model, "peft_config", {})
+        names = {stage: getattr(self, stage) for stage in ("prefill", "decode")}
+        return {stage: name for stage, name in names.items() if name in there}
+
+    def add_to(
+        self,
+        model: nn.Module,
+        plan: PruningPlan,
+        config: PeftConfig,
+        skip_missing_blocks: bool,
+        fitted_rank: int | None = None,
+        **peft_kwargs: bool,
+    ) -> PeftModel:
+        """
+        Gives the model the adapters that learn, and makes them alone trainable. One that is there already goes on.
+
+        Args:
+            model (`nn.Module`): The dense model, or a `PeftModel` of it.
+            plan ([`PruningPlan`]): What the stages do without in the end.
+            config ([`~peft.PeftConfig`]): Config of every adapter.
+            skip_missing_blocks (`bool`): Whether blocks that the adapter's stages do not have get no adapter.
+            fitted_rank (`int`, *optional*): Rank in the layers that [`ResidualFit`] may set, where they have another.
+            peft_kwargs: For `get_peft_model`.
+
+        Raises:
+            `ValueError`: If an adapter touches no block that its stage runs, or is of another kind than `config`.
+        """
+        path = blocks_path(model.get_base_model() if isinstance(model, PeftModel) else model)
+        for name in self.trained:
+            if name in getattr(model, "peft_config", {}):
+                continue
+            own = copy.deepcopy(config)
+            kept = {block for stage in self.stages_of(name) for block in plan.kept_blocks(stage)}
+            missing = sorted(set(range(plan.num_hidden_layers)) - kept)
+            if skip_missing_blocks and missing:
+                own.exclude_modules = rf"{re.escape(path)}\.({'|'.join(map(str, missing))})\..*"
+            if fitted_rank is not None:
+                _set_fitted_rank(own, [f"{path}.{layer}" for layer in fitted_layers(model, missing)], fitted_rank)
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, own)
+            else:
+                model = get_peft_model(model, own, adapter_name=name, **peft_kwargs)
+        self.let_learn(model)
+        for name in self.trained:
+            for stage in self.stages_of(name):
+                blocks = get_blocks(model)
+                if not any(adapter_parameters(blocks[block], name) for block in plan.kept_blocks(stage)):
+                    raise ValueError(
+                        f"peft_config: the adapter {name!r} touches no block that {stage} runs; its target_modules, "
+                        "layers_to_transform or exclude_modules leave nothing to learn there"
+                    )
+        return model
+
+    def let_learn(self, model: nn.Module) -> None:
+        """Makes the parameters of the adapters that learn trainable, and no others."""
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for name in self.trained:
+            for parameter in adapter_parameters(model, name).values():
+                parameter.requires_grad_(True)
+
+
+# By the value of PDPruneConfig.stage.
+STAGE_ADAPTERS = {
+    "disaggregated": StageAdapters("prefill", "decode", ("prefill", "decode")),
+    "prefill": StageAdapters("prefill", "decode", ("prefill",)),
+    "decode": StageAdapters("prefill", "decode", ("decode",)),
+    "unified": StageAdapters("unified", "unified", ("unified",)),
+}
+
+
+def default_lora(rank: int, alpha: int) -> LoraConfig:
+    """
+    LoRA on all linear layers of the blocks.
+
+    Args:
+        rank (`int`): Rank of the adapter.
+        alpha (`int`): Its scaling, times the rank.
+    """
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _set_fitted_rank(config: LoraConfig, layers: Sequence[str], rank: int) -> None:
+    """Gives `layers` another rank, with the same scaling."""
+    names = [re.escape(layer) for layer in layers]
+    config.rank_pattern = dict.fromkeys(names, rank)
+    config.alpha_pattern = dict.fromkeys(names, rank * config.lora_alpha / config.r)

@@ -1,0 +1,61 @@
+"""Checkpoints of a training: which of them are complete, and whether they fit the model."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+
+
+ADAPTER_FILE_NAME = "adapter_model.safetensors"
+
+
+class DivergenceError(RuntimeError):
+    """The loss or the weights are no numbers any more."""
+
+
+def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:
+    """
+    The latest checkpoint in a folder that was written to the end, if any. A kill while one is written leaves it
+    without its last file, `trainer_state.json`; the ones before it are whole.
+    """
+    complete = []
+    for path in Path(folder).glob("checkpoint-*"):
+        with suppress(OSError, ValueError, KeyError):
+            complete.append((json.loads((path / TRAINER_STATE_NAME).read_text())["global_step"], str(path)))
+    return max(complete)[1] if complete else None
+
+
+def begin_checkpoint(folder: str | os.PathLike) -> None:
+    """Marks a checkpoint of an earlier run as incomplete before its files are replaced."""
+    (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
+def check_adapters(folder: str | os.PathLike, model: nn.Module, adapters: tuple[str, ...]) -> None:
+    """
+    Raises a `ValueError` unless a checkpoint has exactly the weights that the model's adapters have: peft leaves out
+    what does not fit, and training would go on from something else.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    for adapter in adapters:
+        path = Path(folder) / adapter / ADAPTER_FILE_NAME
+        if not path.is_file():
+            raise ValueError(f"the checkpoint {folder} has no adapter {adapter!r} ({path} is missing)")
+        expected = {
+            name: tuple(tensor.shape)
+            for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
+        }
+        with safe_open(path, framework="pt") as file:
+            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        for name in sorted(expected.keys() | there.keys()):
+            if expected.get(name) != there.get(name):
+                raise ValueError(
+                    f"the checkpoint's adapter {path} is not that of this model: {name} has shape {there.get(name)} "
+                    f"there and {expected.get(name)} here (None: it is missing); the same plan, lora_rank and "
+                    "peft_config are needed"
+                )

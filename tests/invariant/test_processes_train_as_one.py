@@ -1,0 +1,91 @@
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+
+SCRIPT = Path(__file__).with_name("train_in_processes.py")
+ROOT = Path(__file__).parents[2]
+OPTIONS = {
+    "max_steps": 3,
+    "learning_rate": 5e-3,
+    "lora_rank": 4,
+    "report_to": "none",
+    "logging_steps": 1,
+    "save_steps": 3,
+    "use_cpu": True,
+    "shuffle_dataset": False,
+    "disable_tqdm": True,
+    "optim": "sgd",  # Adam makes a full step of a gradient that is rounding alone
+    "local_distillation_tokens": 96,
+    "removal_rounds": 2,
+}
+ZERO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+}
+# Nothing stays whole: every parameter is partitioned, and gathered only for those who use it.
+ZERO_3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_llama, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model.json").write_text(json.dumps(tiny_llama.config.to_dict()))
+    return tmp_path
+
+
+def train(folder, processes, **options):
+    """The log and the weights of a training of eight rows per step."""
+    options = OPTIONS | {"per_device_train_batch_size": 8 // processes} | options
+    command = [sys.executable]
+    if processes > 1:
+        options["ddp_backend"] = "gloo"
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
+    options["output_dir"] = str(folder / f"run-{processes}")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    command += [str(SCRIPT), str(folder), json.dumps(options)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = Path(options["output_dir"]) / "checkpoint-3"
+    assert not list(checkpoint.glob("model*")), "the dense weights are in the checkpoint"
+    weights = {
+        f"{stage} {name}": tensor
+        for stage in ("prefill", "decode")
+        for path in (checkpoint / stage / "adapter_model.safetensors", checkpoint.parent / "stages" / stage)
+        for name, tensor in load_file(path / "model.safetensors" if path.is_dir() else path).items()
+    }
+    return json.loads((folder / "result.json").read_text()), weights
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+def test_two_processes_train_as_one_with_twice_the_batch(folder, kind):
+    if kind == "zero3":
+        pytest.importorskip("deepspeed")
+    result, weights = train(folder, 1)
+    two, weights_of_two = train(
+        folder, 2, **({"deepspeed": ZERO | {"zero_optimization": ZERO_3}} if kind == "zero3" else {})
+    )
+    log, log_of_two = ([entry for entry in r["log"] if "loss" in entry] for r in (result, two))
+    assert len(log) == 3
+    for name in ("loss", "kl", "prefill_kl", "decode_kl", "perplexity", "num_tokens", "decode_blocks"):
+        for one, other in zip(log, log_of_two, strict=True):
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
+    for name in ("eval_loss", "eval_kl", "eval_perplexity"):
+        assert two["eval"][name] == pytest.approx(result["eval"][name], rel=1e-3), name
+    assert weights_of_two.keys() == weights.keys()
+    for name, tensor in weights.items():  # of the checkpoint's adapters, and of the exported stages
+        assert_close(weights_of_two[name], tensor, atol=1e-5, rtol=1e-3)

@@ -1,0 +1,53 @@
+"""Trains a tiny model and writes what came out: run by the tests, in one process or in several."""
+
+import faulthandler
+import json
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+
+
+def main(folder: Path, options: dict) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)  # a process that waits for the other one says where
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**json.loads((folder / "model.json").read_text()))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kv = KVPlan((1, 4), 2, 4)
+    plan = PruningPlan.empty(model, "tiny", prefill=StagePlan((3,)), decode=StagePlan((2, 3)), kv=kv)
+    generator = torch.Generator().manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, 240, (24,), generator=generator).tolist()} for _ in range(16)]
+    for row in rows[:8]:  # completions of one token, of two, ...: processes get different numbers of tokens
+        row["labels"] = [-100] * 23 + row["input_ids"][23:]
+    for row in rows[8:]:
+        row["labels"] = [-100] * 6 + row["input_ids"][6:]
+    resume = options.pop("resume", None)
+    if "deepspeed" in options:
+        import deepspeed
+
+        # It would be compiled, for minutes and behind a lock, on every fresh machine; gloo does the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    trainer = PDPruneTrainer(
+        model,
+        plan,
+        args=PDPruneConfig(**options),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[4:12]),
+        processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    metrics = trainer.evaluate()
+    trainer.save_model(str(Path(options["output_dir"]) / "stages"))
+    if trainer.accelerator.is_main_process:
+        result = {"log": trainer.state.log_history, "eval": metrics}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
