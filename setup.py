@@ -61,7 +61,10 @@ extras = {
     "vllm": deps_list("vllm"),
 }
 extras["dev"] = (
-    deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff") + extras["plots"] + extras["gguf"]
+    deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff")
+    + extras["plots"]
+    + extras["gguf"]
+    + extras["eval"]
 )
 
 setup(
@@ -75,7 +78,7 @@ setup(
     keywords="large language models, pruning, distillation, prefill decode disaggregation, KV cache",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_pdprune": ["**/*.md", "**/*.jinja"]},
+    package_data={"hf_pdprune": ["**/*.md", "**/*.jinja", "**/*.yaml"]},
     python_requires=">=3.10",
     install_requires=install_requires,
     extras_require=extras,
