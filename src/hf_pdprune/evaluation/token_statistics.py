@@ -1,4 +1,4 @@
-"""TokenStatistics: what each predicted token says about quality. Pure tensor maths, shared by metrics and evaluation."""
+"""TokenStatistics: what each predicted token says about quality. Pure tensor maths, shared by all that measures."""
 
 from typing import NamedTuple
 
