@@ -10,7 +10,7 @@ from typing import Any
 from ..artefact_file import read_json, write_artefact
 from ..plan import PruningPlan
 from .plan_plot import plot_plan
-from .result_table import ResultTable, megabytes
+from .result_table import ResultTable, megabytes, numbers
 from .results import kl_closed, read_results
 from .speed_plot import plot_speed
 from .task_plot import plot_tasks
@@ -222,11 +222,6 @@ def _plan_table(plan: PruningPlan) -> list[str]:
     lines.append(f"| blocks left | {' | '.join(kept)} |")
     window = f"first {kv.first_tokens} and last {kv.last_tokens} tokens"
     return [*lines, "", f"Token-aware blocks ({window}): {numbers(token_aware)}"]
-
-
-def numbers(values: Sequence[Any]) -> str:
-    """Block numbers or pairs as text."""
-    return ", ".join(str(list(value)) if isinstance(value, tuple) else str(value) for value in values) or "none"
 
 
 def _mapping_section(title: str, mapping: Mapping[str, Any]) -> list[str]:

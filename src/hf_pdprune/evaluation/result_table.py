@@ -156,6 +156,11 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def numbers(values: Sequence[Any]) -> str:
+    """Block numbers or pairs as text."""
+    return ", ".join(str(list(value)) if isinstance(value, tuple) else str(value) for value in values) or "none"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return ""
