@@ -31,7 +31,9 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_exampl
 from hf_pdprune.evaluation import evaluate_quality
 from hf_pdprune.evaluation.ablation_report import SECTIONS, ablation_tables
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import is_accuracy, main_metric
 from hf_pdprune.hub import build_stage, load_stages
@@ -40,6 +42,7 @@ from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 
 
+PLACES = ("plan", "dense", "data_folder", "output_dir")
 ROWS_FILE_NAME = "ablation.jsonl"
 REPORT_FILE_NAME = "ablation.md"
 Pair = tuple[PrefillStage, DecodeStage]
@@ -124,6 +127,28 @@ class Study:
         self.evaluation = TaskEvaluation(args.tasks, args.data_folder) if args.tasks else None
         self.tasks = [] if self.evaluation is None else [t for t in args.tasks if t not in self.evaluation.missing()]
 
+        self.measured_by = {
+            "plan_of_study": self.plan.digest,
+            "dense": self.dense_name,
+            **args.part("text_"),
+            "tasks": self.tasks,
+            "limit": args.limit,
+        }
+        self._check_rows()
+
+    def _check_rows(self) -> None:
+        """A table must not mix what was measured on different text."""
+        for row in self.rows:
+            there = row["settings"]
+            if "section" not in there:
+                continue
+            for key, value in self.measured_by.items():
+                if there.get(key) != value:
+                    raise ValueError(
+                        f"{self.rows.path} holds a study with {key}={there.get(key)!r}, not {value!r}: choose another "
+                        "output_dir"
+                    )
+
     @cached_property
     def dense(self) -> PreTrainedModel:
         device = PartialState().device
@@ -194,15 +219,7 @@ class Study:
     def measure(self, section: str, name: str, plan: PruningPlan, pair: Callable[[], Pair], **more: Any) -> None:
         """One row: quality on text, accuracy on tasks, and what the plan saves."""
         args = self.args
-        settings = {
-            "section": section,
-            "variant": name,
-            "plan": plan.digest,
-            "dense": self.dense_name,
-            **args.part("text_"),
-            "tasks": self.tasks,
-            "limit": args.limit,
-        }
+        settings = {"section": section, "variant": name, "plan": plan.digest, **self.measured_by}
 
         def make() -> dict[str, Any]:
             prefill, decode = pair()
@@ -267,7 +284,7 @@ class Study:
     def draft(self) -> None:
         args = self.args
         prompts = [example["input_ids"][: args.text_prompt_tokens] for example in self.examples[: args.draft_prompts]]
-        settings = {"section": "draft", "dense": self.dense_name, **args.part("draft_"), **args.part("text_")}
+        settings = {"section": "draft", **args.part("draft_"), **self.measured_by}
         drafts: dict[str, Callable[[], PreTrainedModel]] = {
             "decode stage, unhealed": lambda: build_stage(self.dense, self.plan, "decode")
         }
@@ -292,6 +309,7 @@ def main(args: AblationArguments) -> None:
     for section in args.sections:
         getattr(study, section)()
         write_artefact(Path(args.output_dir) / REPORT_FILE_NAME, ablation_tables(study.rows))
+    record_command(args.output_dir, "ablation", command_line("recipes/ablation.py", args, folders=PLACES))
     print(ablation_tables(study.rows))
     kl = {
         row["settings"]["variant"]: round(row["result"]["quality"]["kl"], 4)

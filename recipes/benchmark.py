@@ -28,13 +28,16 @@ from trl import TrlParser
 from hf_pdprune import DecodeStage, PrefillStage
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report, write_results
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.model_shape import SHAPES, ModelShape
 from hf_pdprune.evaluation.report import BENCHMARK_FILE_NAME
 from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.hub import build_stage, load_stages
 from hf_pdprune.plan import PLAN_FILE_NAME
 
 
+PLACES = ("stages", "dense", "output_dir")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -116,6 +119,7 @@ def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
         prefill.plan.save_pretrained(folder)
     write_artefact(folder / BENCHMARK_FILE_NAME, result)
     write_results(folder, {"speed": result["speed"], "kv": result["kv"], "environment": result["environment"]})
+    record_command(folder, "benchmark", command_line("recipes/benchmark.py", args, config, folders=PLACES))
     write_report(folder)
 
     environment = result["environment"]

@@ -31,9 +31,11 @@ from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
 from hf_pdprune.evaluation import compare_quality, write_report, write_results
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.pair_source import PairSource
 from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import compare_tasks, mean_accuracy
 from hf_pdprune.evaluation.text_overlap import TextOverlap
@@ -44,6 +46,7 @@ from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 logger = logging.getLogger(__name__)
 
 ROWS_FILE_NAME = "evaluation.jsonl"
+PLACES = ("stages", "dense", "data_folder", "output_dir")
 
 
 @dataclass
@@ -273,6 +276,7 @@ def main(args: EvaluateArguments) -> None:
     if folder != Path(args.stages):
         models.plan.save_pretrained(folder)
     write_results(folder, parts)
+    record_command(folder, "evaluate", command_line("recipes/evaluate.py", args, folders=PLACES))
     write_report(folder)
     if compared:
         print(ResultTable.of_tasks(compared, mean).to_text(), "\n")

@@ -101,6 +101,8 @@ def test_every_section_once(recipe, options, capsys, monkeypatch):
         monkeypatch.setattr(recipe, step, lambda *args, **kwargs: pytest.fail("made twice"))
     run(recipe, options)
     assert len(list(RowFile(options["output_dir"] / "ablation.jsonl"))) == len(rows)
+    with pytest.raises(ValueError, match="holds a study with text_examples=3, not 2"):
+        run(recipe, options, text_examples=2)
 
 
 def test_accuracies_stand_beside_the_quality(recipe, options, tmp_path):

@@ -97,6 +97,20 @@ class ResultTable:
         return table
 
     @classmethod
+    def of_links(
+        cls, cases: Sequence[Mapping[str, Any]], gigabits: Sequence[float] = (1, 10, 100, 400)
+    ) -> "ResultTable":
+        """Time to send the prompts' KV entries, dense and pruned, over links of some speeds (bytes over bandwidth)."""
+        table = cls([["prompt", "batch", *(f"{speed:g} Gbit/s" for speed in gigabits)]])
+        for case in cases:
+            row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
+            for speed in gigabits:
+                dense, sent = (1000 * 8 * case["kv"][key] / (speed * 1e9) for key in ("bytes_dense", "bytes_sent"))
+                row.append(f"{dense:.3g} -> {sent:.3g} ms")
+            table.rows.append(row)
+        return table
+
+    @classmethod
     def of_tasks(cls, tasks: Mapping[str, Any], mean: Mapping[str, Any] | None = None) -> "ResultTable":
         """Tasks of lm-eval: the dense model beside the pair, and the difference with its standard error over rows."""
         table = cls([["task", "metric", "rows", "dense", "pruned", "difference"]])
