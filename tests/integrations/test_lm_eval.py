@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lm_eval import evaluate
+from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
@@ -88,7 +90,8 @@ def test_an_empty_plan_gives_the_numbers_of_stock_hf_on_every_local_task(dense, 
     tasks = [f"local_{name}" for name in write_data(tmp_path)]
     assert tasks == sorted(path.stem for path in LOCAL_TASKS_FOLDER.glob("local_*.yaml"))
     stock = HFLM(pretrained=dense, tokenizer=tiny_tokenizer, batch_size=3)
-    ours = PDPruneLM(pretrained=str(tmp_path / "dense"), plan="empty", dtype="float32", batch_size=3, device="cpu")
+    ours = PDPruneLM(pretrained=str(tmp_path / "dense"), plan="empty", dtype="float32", batch_size=3, device="cuda:0")
+    assert ours.device.type == ("cuda" if torch.cuda.is_available() else "cpu")  # as stock hf falls back
     expected, found = (evaluated(lm, tasks, tmp_path, limit=3) for lm in (stock, ours))
     for task in tasks:
         assert metrics(found, task) == pytest.approx(metrics(expected, task), rel=1e-5), task
@@ -127,6 +130,19 @@ def test_context_goes_through_prefill_and_continuation_through_decode(dense, pla
             )
             > 1e-2
         )
+
+
+@pytest.mark.slow
+def test_command_line(dense, plan, tiny_tokenizer, tmp_path, monkeypatch, capsys):
+    write_data(tmp_path)
+    export_stages(dense, plan, tmp_path / "pair", tokenizer=tiny_tokenizer)
+    monkeypatch.setenv("HF_PDPRUNE_DATA", str(tmp_path))
+    model_args = f"prefill={tmp_path}/pair/prefill,decode={tmp_path}/pair/decode,dtype=float32"
+    arguments = ["run", "--model", "hf-pdprune", "--model_args", model_args, "--tasks", "local_piqa", "--limit", "3"]
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *arguments, "--include_path", str(LOCAL_TASKS_FOLDER)])
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # takes seconds
+    cli_evaluate()
+    assert "|local_piqa|" in capsys.readouterr().out
 
 
 def test_generation_is_that_of_the_stages(dense, plan, tiny_tokenizer):

@@ -87,8 +87,9 @@ class PDPruneLM(HFLM):
             if attn_implementation is not None:
                 model_kwargs["attn_implementation"] = attn_implementation
             pair = source.load(**model_kwargs)
-            # "cuda" is what lm-eval's command line says where it was not told anything.
-            is_default = device in (None, "cuda") or accelerator.num_processes > 1
+            # lm-eval's command line says cuda where it was not told anything, also where there is none.
+            is_missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+            is_default = device in (None, "cuda") or is_missing or accelerator.num_processes > 1
             place = accelerator.device if is_default else torch.device(device)
             for stage in pair:
                 stage.model.to(place)
