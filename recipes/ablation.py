@@ -42,6 +42,9 @@ from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 
 
+# evaluate.py of this folder has the name of a library that lm-eval needs.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
 PLACES = ("plan", "dense", "data_folder", "output_dir")
 ROWS_FILE_NAME = "ablation.jsonl"
 REPORT_FILE_NAME = "ablation.md"

@@ -43,6 +43,9 @@ from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 
 
+# evaluate.py of this folder has the name of a library that lm-eval needs.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
 logger = logging.getLogger(__name__)
 
 ROWS_FILE_NAME = "evaluation.jsonl"

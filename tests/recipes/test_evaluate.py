@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -144,6 +145,17 @@ def test_bad_input_is_an_error_before_anything_is_written(recipe, options, chang
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(recipe, options, **changes)
     assert not (options["stages"] / "evaluation.jsonl").exists()
+
+
+def test_the_recipe_does_not_hide_the_library_of_its_name():
+    """Run as a script, from its folder, with a library that wants the other `evaluate`."""
+    code = (
+        "import sys, runpy; sys.path.insert(0, sys.argv[1]); "
+        "runpy.run_path(sys.argv[1] + '/evaluate.py', run_name='recipe'); import evaluate; evaluate.Metric"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "recipes")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_key_of_the_config_is_known(recipe):

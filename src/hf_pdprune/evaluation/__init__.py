@@ -1,7 +1,6 @@
 from .benchmark import SpeedBenchmark
 from .benchmark_config import BenchmarkConfig
 from .continuation_scorer import ContinuationScorer
-from .metrics import KLToDense, Perplexity, Top1Agreement
 from .pair_source import PairSource
 from .quality import compare_quality, evaluate_quality
 from .report import write_report
@@ -12,11 +11,8 @@ from .run_comparison import compare_runs
 __all__ = [
     "BenchmarkConfig",
     "ContinuationScorer",
-    "KLToDense",
     "PairSource",
-    "Perplexity",
     "SpeedBenchmark",
-    "Top1Agreement",
     "compare_quality",
     "compare_runs",
     "evaluate_quality",
