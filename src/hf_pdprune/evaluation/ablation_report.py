@@ -64,7 +64,7 @@ def _quality_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable
                 numbers([block for block in result["decode"] if block not in removed]),
                 f"{result['kv_reduction']:.2f}x",
                 f"{quality['perplexity']:.1f}",
-                f"{quality['kl']:.3f}",
+                f"{quality['kl']:.3f}" + (f" ± {quality['kl_stderr']:.3f}" if "kl_stderr" in quality else ""),
                 f"{quality['kl_prefill']:.3f}",
                 f"{quality['kl_decode']:.3f}" if "kl_decode" in quality else "",
                 f"{quality['top1_agreement']:.1%}",

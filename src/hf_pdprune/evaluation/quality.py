@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ class QualitySums:
         self.name = name
         self.tokens, self.first_tokens = 0, 0
         self.nll, self.kl, self.first_kl, self.agreeing = 0.0, 0.0, 0.0, 0.0
+        self.kl_of_examples: list[float] = []
 
     def update(
         self, logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor, is_first: torch.Tensor
@@ -45,25 +47,33 @@ class QualitySums:
             `ValueError`: If logits are not finite.
         """
         try:
-            statistics = token_statistics(logits, labels, dense_logits)
+            per_token = token_statistics(logits, labels, dense_logits)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
         self.tokens += len(labels)
-        self.nll += float(statistics.nll.sum())
-        self.kl += float(statistics.kl.sum())
-        self.agreeing += float(statistics.agrees.sum())
+        self.nll += float(per_token.nll.sum())
+        self.kl += float(per_token.kl.sum())
+        self.agreeing += float(per_token.agrees.sum())
         is_first = is_first.cpu()
         self.first_tokens += int(is_first.sum())
-        self.first_kl += float(statistics.kl[is_first].sum())
+        self.first_kl += float(per_token.kl[is_first].sum())
+        # Tokens come example by example, each beginning with its first one.
+        examples = per_token.kl.tensor_split(is_first.nonzero()[1:, 0])
+        self.kl_of_examples += [float(example.mean()) for example in examples if len(example)]
 
     def result(self) -> dict[str, float | int]:
-        """`perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; and by stage `kl_prefill`, `kl_decode`."""
+        """
+        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; by stage `kl_prefill`, `kl_decode`; and from
+        two examples on `kl_stderr`, the standard error of the KL over examples (tokens of one are not independent).
+        """
         result = {
             "perplexity": math.exp(min(self.nll / self.tokens, 700)),  # e^709 is the end of floats
             "kl": self.kl / self.tokens,
             "top1_agreement": self.agreeing / self.tokens,
             "tokens": self.tokens,
         }
+        if len(self.kl_of_examples) > 1:
+            result["kl_stderr"] = statistics.stdev(self.kl_of_examples) / math.sqrt(len(self.kl_of_examples))
         if self.first_tokens:
             result["kl_prefill"] = self.first_kl / self.first_tokens
         if self.tokens > self.first_tokens:
@@ -108,7 +118,8 @@ def compare_quality(
 
     Returns:
         `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement`, all per completion
-        token, and `tokens`, their number; `kl_prefill` of the first completion tokens, `kl_decode` of the others.
+        token, and `tokens`, their number; `kl_prefill` of the first completion tokens, `kl_decode` of the others;
+        `kl_stderr` over examples.
 
     Raises:
         `ValueError`: If there is no completion token, or if logits are not finite.

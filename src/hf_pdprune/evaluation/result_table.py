@@ -128,6 +128,7 @@ class ResultTable:
         titles = {
             "perplexity": "perplexity",
             "kl": "KL to dense",
+            "kl_stderr": "its standard error over examples",
             "kl_prefill": "KL, first token (prefill)",
             "kl_decode": "KL, others (decode)",
             "top1_agreement": "top-1 agreement",
