@@ -29,7 +29,7 @@ from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
 from hf_pdprune.evaluation import evaluate_quality
-from hf_pdprune.evaluation.ablation_report import SECTIONS, ablation_tables
+from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_tables
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
@@ -270,7 +270,7 @@ class Study:
             self.measure("healing", name, plan, lambda folder=folder: load_stages(folder, dtype=self.dense.dtype))
 
     def strategies(self) -> None:
-        self.measure("strategies", "the plan", self.plan, lambda: self.view(self.plan))
+        self.measure("strategies", PLAN, self.plan, lambda: self.view(self.plan))
         for strategy in self.args.strategies:
             seeds = range(self.args.random_seeds if strategy == "random" else 1)
             for seed in seeds:

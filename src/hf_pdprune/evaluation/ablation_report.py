@@ -6,6 +6,7 @@ from typing import Any
 from .result_table import ResultTable, numbers
 
 
+PLAN = "the plan"
 SECTIONS = {
     "parts": (
         "Blocks, cache, both",
@@ -47,6 +48,44 @@ def ablation_tables(rows: Iterable[Mapping[str, Any]]) -> str:
         if section in by_section:
             table = _draft_table if section == "draft" else _quality_table
             lines += [f"### {title}", "", text, "", table(by_section[section]).to_markdown(), ""]
+            if section == "strategies":
+                lines += [verdict(by_section[section]), ""]
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """
+    Says of each other way to choose blocks whether the plan is better than it, in KL and in accuracy.
+
+    Args:
+        rows (`Sequence[tuple[str, Mapping]]`): Variant and result, `"the plan"` among them.
+    """
+    results = dict(rows)
+    plan = results.pop(PLAN, None)
+    if plan is None or not results:
+        return ""
+    better = {name: plan["quality"]["kl"] < result["quality"]["kl"] for name, result in results.items()}
+    lines = []
+    for is_better, word in ((True, "lower"), (False, "not lower")):
+        names = [
+            f"{name} ({result['quality']['kl'] - plan['quality']['kl']:+.3f})"
+            for name, result in results.items()
+            if better[name] == is_better
+        ]
+        if names:
+            lines.append(f"The plan's KL is {word} than that of {', '.join(names)}.")
+    compared = {name: result for name, result in results.items() if "accuracy" in result and "accuracy" in plan}
+    for name, result in compared.items():
+        difference = plan["accuracy"]["mean"] - result["accuracy"]["mean"]
+        lines.append(f"Accuracy against {name}: {100 * difference:+.1f} points.")
+    if "unified" in results:
+        unified = len(results["unified"]["decode"])
+        lines.append(
+            f"As many blocks in all is not the same saving: the plan takes {len(plan['prefill'])} blocks from prefill "
+            f"and {len(plan['decode'])} from decode, the unified one {unified} from both. Short answers favour what "
+            "prefill loses, long ones what decode loses; KL per completion token counts what decode loses at every "
+            "token."
+        )
     return "\n".join(lines)
 
 

@@ -138,7 +138,8 @@ class ResultTable:
         for key, title in titles.items():
             row = [results["quality_of_stages"][name].get(key) for name in names]
             row += [results["quality_of_stages_all_tokens"][name].get(key) for name in names if name != "dense"]
-            table.rows.append([title, *map(_number, row)])
+            if any(value is not None for value in row):
+                table.rows.append([title, *map(_number, row)])
         return table
 
     def without_empty_columns(self) -> "ResultTable":
