@@ -64,7 +64,11 @@ extras["dev"] = (
     deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff")
     + extras["plots"]
     + extras["gguf"]
+<<<<<<< HEAD
     + extras["deepspeed"]
+=======
+    + extras["eval"]
+>>>>>>> evaluation
 )
 
 setup(
@@ -78,7 +82,7 @@ setup(
     keywords="large language models, pruning, distillation, prefill decode disaggregation, KV cache",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_pdprune": ["**/*.md", "**/*.jinja"]},
+    package_data={"hf_pdprune": ["**/*.md", "**/*.jinja", "**/*.yaml"]},
     python_requires=">=3.10",
     install_requires=install_requires,
     extras_require=extras,

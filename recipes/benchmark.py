@@ -1,12 +1,17 @@
 """
-Speed and KV bytes of a pair of stages beside the dense model's, measured in turns in one run.
+Speed, memory and KV bytes of a pair of stages beside the dense model's, measured in turns in one run.
 
     accelerate launch recipes/benchmark.py --stages outputs/demo --dense HuggingFaceTB/SmolLM2-135M-Instruct \\
         --prompt_tokens 256 1024 --batch_sizes 1 4
 
-Prints a table; the last line on stdout is JSON. Into the folder of the stages go `benchmark.json` (every prompt length
-and batch size), and into its `results.json` speed and bytes of the first of them; where there is a report, it is made
-anew.
+Without any checkpoint, at the size of a real model, with random weights (speed does not depend on them):
+
+    accelerate launch recipes/benchmark.py --shape llama-3.1-8b --output_dir outputs/speed-8b --dtype bfloat16 \\
+        --num_prefill_blocks 4 --num_decode_blocks 6 --num_token_aware_blocks 21 \\
+        --prompt_tokens 1024 4096 16384 --batch_sizes 1 8
+
+Prints a table; the last line on stdout is JSON. Into the folder go `benchmark.json` (every prompt length and batch
+size), speed and bytes of the first of them into `results.json`, and report and pictures.
 """
 
 import json
@@ -20,13 +25,19 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import TrlParser
 
+from hf_pdprune import DecodeStage, PrefillStage
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report, write_results
-from hf_pdprune.evaluation.report import REPORT_FILE_NAME
-from hf_pdprune.evaluation.result_table import ResultTable, megabytes
-from hf_pdprune.hub import load_stages
+from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.model_shape import SHAPES, ModelShape
+from hf_pdprune.evaluation.report import BENCHMARK_FILE_NAME
+from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.results import record_command
+from hf_pdprune.hub import build_stage, load_stages
+from hf_pdprune.plan import PLAN_FILE_NAME
 
 
+PLACES = ("stages", "dense", "output_dir")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -34,7 +45,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class BenchmarkArguments:
     """Which models are measured, and how they are loaded."""
 
-    stages: str = field(metadata={"help": "Folder with the stages prefill/ and decode/."})
+    stages: str | None = field(default=None, metadata={"help": "Folder with the stages prefill/ and decode/."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the results. Default: stages."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
     )
@@ -47,7 +59,20 @@ class BenchmarkArguments:
         default=None, metadata={"help": "sdpa, eager, flash_attention_2, ... Default: what transformers chooses."}
     )
 
+    shape: str | None = field(
+        default=None, metadata={"help": f"Instead of stages, random weights of a size: {', '.join(SHAPES)}."}
+    )
+    num_prefill_blocks: int = field(default=0, metadata={"help": "With shape: blocks that prefill loses."})
+    num_decode_blocks: int = field(default=0, metadata={"help": "With shape: blocks that decode loses."})
+    num_token_aware_blocks: int = field(default=0, metadata={"help": "With shape: blocks that hand over the window."})
+
     def __post_init__(self):
+        if (self.stages is None) == (self.shape is None):
+            raise ValueError("give either stages (a folder) or shape (random weights)")
+        if self.shape is not None and self.output_dir is None:
+            raise ValueError("output_dir: with shape, say where the results go")
+        if self.shape is None and (self.num_prefill_blocks or self.num_decode_blocks or self.num_token_aware_blocks):
+            raise ValueError("num_..._blocks go with shape; stages have their own plan")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
@@ -60,24 +85,19 @@ def load_dense(args: BenchmarkArguments, name: str, **model_kwargs: Any) -> PreT
         raise ValueError(f"no dense model {name!r}: {str(error).splitlines()[0]}") from error
 
 
-def case_table(cases: list[dict[str, Any]]) -> ResultTable:
-    """One row per prompt length and batch size."""
-    title = ["prompt", "batch", "TTFT dense", "pruned", "ratio", "TPOT dense", "pruned", "ratio", "KV sent", "fewer"]
-    rows = [title]
-    for case in cases:
-        row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
-        for what in ("ttft", "tpot"):
-            row += [f"{1000 * case[what][name]['median']:.1f} ms" for name in ("dense", "pruned")]
-            row.append(f"{case[what]['ratio']:.3f}")
-        rows.append([*row, megabytes(case["kv"]["bytes_sent"]), f"{case['kv']['ratio']:.2f}x"])
-    return ResultTable(rows)
-
-
-def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
-    state = PartialState()
-    if not state.is_main_process:  # a second process beside it would only disturb the measurement
-        return
-    dtype = "float32" if args.dtype == "auto" and not torch.accelerator.is_available() else args.dtype
+def load_all(args: BenchmarkArguments) -> tuple[PreTrainedModel, PrefillStage, DecodeStage]:
+    """The dense model and the stages, on this process's device."""
+    device = PartialState().device
+    dtype = "float32" if args.dtype == "auto" and device.type == "cpu" else args.dtype
+    if args.shape is not None:
+        shape = ModelShape(args.shape, args.num_prefill_blocks, args.num_decode_blocks, args.num_token_aware_blocks)
+        dense = shape.build(device, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+        if args.attn_implementation is not None:
+            dense.set_attn_implementation(args.attn_implementation)
+        plan = shape.plan(dense)
+        # Stages share the dense model's weights, so that what fits once fits.
+        stages = [build_stage(dense, plan, kind.name) for kind in (PrefillStage, DecodeStage)]
+        return dense, PrefillStage(stages[0], plan), DecodeStage(stages[1], plan)
     model_kwargs = {"dtype": dtype}
     if args.attn_implementation is not None:
         model_kwargs["attn_implementation"] = args.attn_implementation
@@ -85,18 +105,27 @@ def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
     dense = load_dense(args, args.dense or prefill.plan.base_model, **model_kwargs)
     prefill.plan.blocks_of(dense.config)
     for model in (dense, prefill.model, decode.model):
-        model.to(state.device)
+        model.to(device)
+    return dense, prefill, decode
 
+
+def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
+    if not PartialState().is_main_process:  # a second process beside it would only disturb the measurement
+        return
+    dense, prefill, decode = load_all(args)
     result = SpeedBenchmark(dense, prefill, decode, config).run()
-    folder = Path(args.stages)
-    write_artefact(folder / "benchmark.json", result)
+    folder = Path(args.output_dir or args.stages)
+    if not (folder / PLAN_FILE_NAME).is_file():
+        prefill.plan.save_pretrained(folder)
+    write_artefact(folder / BENCHMARK_FILE_NAME, result)
     write_results(folder, {"speed": result["speed"], "kv": result["kv"], "environment": result["environment"]})
-    if (folder / REPORT_FILE_NAME).is_file():
-        write_report(folder)
+    record_command(folder, "benchmark", command_line("recipes/benchmark.py", args, config, folders=PLACES))
+    write_report(folder)
 
     environment = result["environment"]
     print(f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}\n")
-    print(case_table(result["cases"]).to_text(), "\n")
+    print(ResultTable.of_speed_cases(result["cases"]).to_text(), "\n")
+    print(ResultTable.of_roofline(result["cases"]).to_text(), "\n")
     print(ResultTable.of_speed_and_shares(result["speed"]).to_text(), "\n")
     print(json.dumps({"speed": result["speed"], "kv": result["kv"]}))
 

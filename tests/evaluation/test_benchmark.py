@@ -16,7 +16,9 @@ def plan(tiny_llama):
 
 
 def small(**values):
-    return BenchmarkConfig(**{"prompt_tokens": [32], "decode_tokens": 3, "repeats": 2, "warmup": 1} | values)
+    return BenchmarkConfig(
+        **{"prompt_tokens": [32], "decode_tokens": 3, "answer_tokens": 10, "repeats": 2, "warmup": 1} | values
+    )
 
 
 @pytest.mark.parametrize("as_checkpoints", [True, False])
@@ -36,6 +38,16 @@ def test_result_is_complete(tiny_llama, plan, as_checkpoints):
                 assert 0 < times["quartiles"][0] <= times["median"] <= times["quartiles"][1]
                 assert times["measurements"] == number
             assert case[what]["ratio_quartiles"][0] <= case[what]["ratio"] <= case[what]["ratio_quartiles"][1]
+        seconds = case["ttft"]["dense"]["median"] + 9 * case["tpot"]["dense"]["median"]
+        assert case["latency"]["dense"] == pytest.approx(seconds) and case["latency"]["answer_tokens"] == 10
+        assert case["throughput"]["dense"] == pytest.approx(case["batch_size"] * 10 / seconds)
+        assert case["throughput"]["ratio"] == pytest.approx(1 / case["latency"]["ratio"])
+        assert case["memory"]["decode"] == {"dense": None, "pruned": None}  # nobody counts on a CPU
+        held = case["kv"]["bytes_held"]
+        assert (held["dense"], held["pruned"]) == (case["kv"]["bytes_dense"], case["kv"]["bytes_kv"])
+        for what, limit in (("ttft", "prefill_flops"), ("tpot", "decode_bytes")):
+            saved = (1 - case[what]["ratio"]) / case["roofline"][f"{limit}_removed"]
+            assert case[what][f"time_saved_over_{limit.split('_')[1]}"] == pytest.approx(saved)
     first, speed = result["cases"][0], result["speed"]
     assert speed["ttft_ratio"] == first["ttft"]["ratio"] and speed["tpot_ratio"] == first["tpot"]["ratio"]
     # One and two of six equal blocks, beside an LM head.
@@ -61,6 +73,7 @@ def test_nothing_removed_has_no_saved_over_share(tiny_llama):
     plan = PruningPlan.empty(tiny_llama)
     result = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()
     assert result["speed"]["ttft_time_saved_over_share"] is None
+    assert result["cases"][0]["tpot"]["time_saved_over_bytes"] is None
 
 
 def test_ratio_does_not_follow_a_machine_that_slows_down():
@@ -86,7 +99,15 @@ def test_prompt_longer_than_the_context_is_refused(tiny_llama, plan):
 
 
 @pytest.mark.parametrize(
-    "values", [{"prompt_tokens": []}, {"prompt_tokens": [0]}, {"batch_sizes": [-1]}, {"repeats": 0}, {"warmup": -1}]
+    "values",
+    [
+        {"prompt_tokens": []},
+        {"prompt_tokens": [0]},
+        {"batch_sizes": [-1]},
+        {"repeats": 0},
+        {"answer_tokens": 0},
+        {"warmup": -1},
+    ],
 )
 def test_bad_options_are_named(values):
     with pytest.raises(ValueError, match=next(iter(values))):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import subprocess
@@ -6,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_pdprune.evaluation import read_results, write_results
+from hf_pdprune.evaluation import BenchmarkConfig, read_results, write_results
+from hf_pdprune.evaluation.model_shape import SHAPES
 from hf_pdprune.hub import export_stages
 from hf_pdprune.plan import PruningPlan, StagePlan
 
@@ -40,6 +42,37 @@ def test_table_json_line_and_artefacts(stages):
     results = read_results(stages)
     assert results["speed"] == printed["speed"] and results["kv"] == printed["kv"]
     assert results["quality"] == {"dense": {"kl": 0.0}}
+
+
+def test_random_weights_of_a_real_size(tmp_path, monkeypatch):
+    """In this process, with a smaller size under a real one's name."""
+    spec = importlib.util.spec_from_file_location("benchmark_recipe", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmark_recipe", recipe)  # dataclasses look their module up
+    spec.loader.exec_module(recipe)
+    small = {**SHAPES["llama-3.1-8b"], "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+    monkeypatch.setitem(SHAPES, "llama-3.1-8b", small)
+    args = recipe.BenchmarkArguments(
+        shape="llama-3.1-8b",
+        output_dir=str(tmp_path / "speed"),
+        num_prefill_blocks=4,
+        num_decode_blocks=8,
+        num_token_aware_blocks=20,
+    )
+    recipe.main(args, BenchmarkConfig(prompt_tokens=[160, 16], decode_tokens=2, repeats=1))
+    results = read_results(tmp_path / "speed")
+    assert results["speed"]["prefill_share_removed"] == pytest.approx(4 / 32)
+    assert results["kv"]["bytes_held"]["pruned"] * 5 < results["kv"]["bytes_dense"] * 4
+    report = (tmp_path / "speed" / "report.md").read_text()
+    assert "| 160 | 1 |" in report and "decode bytes removed" in report and "(speed.png)" in report
+    assert PruningPlan.from_pretrained(tmp_path / "speed").base_model == "llama-3.1-8b"
+    for values, message in (
+        ({}, "either stages"),
+        ({"shape": "llama-3.1-8b"}, "output_dir"),
+        ({"stages": "x", "num_decode_blocks": 1}, "go with shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipe.BenchmarkArguments(**values)
 
 
 @pytest.mark.parametrize(

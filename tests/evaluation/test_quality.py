@@ -35,7 +35,8 @@ def views(model, plan):
 def test_equals_the_mean_over_labelled_tokens(tiny_llama, batches):
     pair = views(tiny_llama, plan_of(tiny_llama))
     result = evaluate_quality(*pair, tiny_llama, batches)
-    nll, kl, agreeing = [], [], []
+    nll, kl, agreeing, by_stage = [], [], [], {"prefill": [], "decode": []}
+    by_example = {}
     with torch.no_grad():
         for batch in batches:
             dense = dense_forward(tiny_llama, batch).log_softmax(-1)
@@ -43,11 +44,18 @@ def test_equals_the_mean_over_labelled_tokens(tiny_llama, batches):
             for row, token in (batch["labels"] != -100).nonzero().tolist():
                 nll.append(-pruned[row, token, batch["labels"][row, token]].item())
                 kl.append((dense[row, token].exp() * (dense[row, token] - pruned[row, token])).sum().item())
+                by_stage["decode" if token else "prefill"].append(kl[-1])
+                by_example.setdefault((id(batch), row), []).append(kl[-1])
                 agreeing.append(dense[row, token].argmax() == pruned[row, token].argmax())
     assert result["tokens"] == len(nll) == 22
     assert result["perplexity"] == pytest.approx(math.exp(sum(nll) / len(nll)), rel=1e-4)
     assert result["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
     assert result["top1_agreement"] == pytest.approx(sum(agreeing) / len(agreeing))
+    means = [sum(values) / len(values) for values in by_example.values()]
+    assert len(means) == 4
+    assert result["kl_stderr"] == pytest.approx(torch.tensor(means).std().item() / 2, rel=1e-4)
+    for stage, values in by_stage.items():
+        assert result[f"kl_{stage}"] == pytest.approx(sum(values) / len(values), rel=1e-4), stage
 
 
 def test_empty_plan_is_the_dense_model(tiny_llama, batches):

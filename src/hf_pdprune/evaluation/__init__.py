@@ -1,14 +1,20 @@
 from .benchmark import SpeedBenchmark
 from .benchmark_config import BenchmarkConfig
+from .continuation_scorer import ContinuationScorer
+from .pair_source import PairSource
 from .quality import compare_quality, evaluate_quality
 from .report import write_report
 from .results import read_results, write_results
+from .run_comparison import compare_runs
 
 
 __all__ = [
     "BenchmarkConfig",
+    "ContinuationScorer",
+    "PairSource",
     "SpeedBenchmark",
     "compare_quality",
+    "compare_runs",
     "evaluate_quality",
     "read_results",
     "write_report",

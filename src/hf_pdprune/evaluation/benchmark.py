@@ -18,6 +18,8 @@ from ..kv import KVPayload, TokenAwareCache
 from .benchmark_config import BenchmarkConfig
 from .environment import describe_environment
 from .parameter_share import parameter_shares
+from .peak_memory import PeakMemory
+from .roofline import roofline
 
 
 class SpeedBenchmark:
@@ -26,7 +28,8 @@ class SpeedBenchmark:
     one, then of the other. What else the machine does meets both alike, and medians leave out what meets only one.
 
     TTFT is the time from the prompt's ids to the first token, for the pair with its payload made; TPOT that of one
-    greedy decode step on the cache of the prompt, the pair's made from the payload.
+    greedy decode step on the cache of the prompt, the pair's made from the payload. Latency and throughput of an
+    answer follow from both; time on a link is not in them.
 
     Args:
         dense_model ([`~transformers.PreTrainedModel`]): The dense model.
@@ -79,7 +82,9 @@ class SpeedBenchmark:
         """
         Returns:
             `dict[str, Any]`: `cases`, one per prompt length and batch size, each with `ttft` and `tpot` (seconds of
-            `dense` and `pruned`: median, quartiles; their `ratio`, pruned / dense) and `kv`; `shares` (see
+            `dense` and `pruned`: median, quartiles; their `ratio`, pruned / dense), `latency` (seconds) and
+            `throughput` (tokens per second of all rows) of an answer, `memory` (peak bytes by stage where there is an
+            accelerator, see [`PeakMemory`]), `kv` and `roofline` (see [`roofline`]); `shares` (see
             [`parameter_shares`]); `environment`; and for the first case, as `results.json` has them, `speed` and `kv`.
         """
         shares = parameter_shares(self.dense_model, self.prefill, self.decode)
@@ -88,10 +93,12 @@ class SpeedBenchmark:
         with tqdm(total=len(sizes) * per_case, desc="Benchmark", unit="turn") as progress, steady_process():
             cases = [self._case(tokens, rows, progress) for tokens, rows in sizes]
         for case in cases:
-            for what, stage in (("ttft", "prefill"), ("tpot", "decode")):
+            for what, stage, limit in (("ttft", "prefill", "flops"), ("tpot", "decode", "bytes")):
+                saved, removed = 1 - case[what]["ratio"], case["roofline"][f"{stage}_{limit}_removed"]
                 share = shares[f"{stage}_share_removed"]
                 # None, and not infinity, where nothing was removed: JSON has no infinity.
-                case[what]["time_saved_over_share"] = (1 - case[what]["ratio"]) / share if share > 0 else None
+                case[what]["time_saved_over_share"] = saved / share if share > 0 else None
+                case[what][f"time_saved_over_{limit}"] = saved / removed if removed > 0 else None
         first = cases[0]
         return {
             "speed": {
@@ -100,6 +107,8 @@ class SpeedBenchmark:
                 **shares,
                 "ttft_time_saved_over_share": first["ttft"]["time_saved_over_share"],
                 "tpot_time_saved_over_share": first["tpot"]["time_saved_over_share"],
+                "prefill_flops_removed": first["roofline"]["prefill_flops_removed"],
+                "decode_bytes_removed": first["roofline"]["decode_bytes_removed"],
                 "prompt_tokens": first["prompt_tokens"],
                 "batch_size": first["batch_size"],
             },
@@ -115,15 +124,20 @@ class SpeedBenchmark:
         progress.set_postfix(prompt_tokens=prompt_tokens, batch_size=batch_size)
 
         # Time to first token
+        memory = {
+            "prefill": {"dense": PeakMemory(self.dense_model), "pruned": PeakMemory(self.prefill.model)},
+            "decode": {"dense": PeakMemory(self.dense_model), "pruned": PeakMemory(self.decode.model)},
+        }
         ttft: dict[str, list[float]] = {"dense": [], "pruned": []}
         for turn in range(-self.config.warmup, self.config.repeats):
             cache, payload = None, None  # freed before the next ones are made
             for name in in_turns(turn):
                 gc.collect()
-                if name == "dense":
-                    seconds, cache, first_token = self._timed(self._dense_prefill, prompt_ids)
-                else:
-                    seconds, payload = self._timed(self._pruned_prefill, prompt_ids)
+                with memory["prefill"][name]:
+                    if name == "dense":
+                        seconds, cache, first_token = self._timed(self._dense_prefill, prompt_ids)
+                    else:
+                        seconds, payload = self._timed(self._pruned_prefill, prompt_ids)
                 if turn >= 0:
                     ttft[name].append(seconds)
             progress.update()
@@ -139,21 +153,27 @@ class SpeedBenchmark:
                 payload, self.decode.plan, self.decode.model, self.decode.running_blocks
             ) as pruned_cache,
         ):
+            held = {"dense": cache_bytes(cache), "pruned": cache_bytes(pruned_cache)}
             models = {"dense": (self.dense_model, cache), "pruned": (self.decode.module, pruned_cache)}
             for turn in range(-4 * self.config.warmup, self.config.decode_tokens):
                 length = prompt_tokens + 4 * self.config.warmup + turn + 1
                 mask = torch.ones((batch_size, length), dtype=torch.long, device=self.device)
                 for name in in_turns(turn):
-                    seconds, tokens[name] = self._timed(self._step, *models[name], tokens[name], mask)
+                    with memory["decode"][name]:
+                        seconds, tokens[name] = self._timed(self._step, *models[name], tokens[name], mask)
                     if turn >= 0:
                         tpot[name].append(seconds)
                 progress.update()
+        times = {"ttft": compared(ttft), "tpot": compared(tpot)}
+        peaks = {stage: {name: peak.nbytes for name, peak in both.items()} for stage, both in memory.items()}
         return {
             "prompt_tokens": prompt_tokens,
             "batch_size": batch_size,
-            "ttft": compared(ttft),
-            "tpot": compared(tpot),
-            "kv": kv,
+            **times,
+            **answer_speed(times, self.config.answer_tokens, batch_size),
+            "memory": peaks,
+            "kv": {**kv, "bytes_held": held},
+            "roofline": roofline(self.dense_model, self.prefill, self.decode, prompt_tokens, batch_size, held),
         }
 
     def _timed(self, function: Callable, *args: Any) -> tuple:
@@ -197,6 +217,28 @@ def compared(seconds: dict[str, list[float]]) -> dict[str, Any]:
     ratios = [pruned / dense for dense, pruned in zip(seconds["dense"], seconds["pruned"], strict=True)]
     result = {name: summary(values) for name, values in seconds.items()}
     return {**result, "ratio": statistics.median(ratios), "ratio_quartiles": summary(ratios)["quartiles"]}
+
+
+def answer_speed(times: dict[str, Any], answer_tokens: int, batch_size: int) -> dict[str, Any]:
+    """
+    `latency` (seconds to the end of an answer: TTFT and as many TPOT as follow) and `throughput` (tokens of all rows
+    per second of it) of the dense model and the pair, from the medians, with `answer_tokens` beside them.
+    """
+    latency = {
+        name: times["ttft"][name]["median"] + (answer_tokens - 1) * times["tpot"][name]["median"]
+        for name in ("dense", "pruned")
+    }
+    throughput = {name: batch_size * answer_tokens / seconds for name, seconds in latency.items()}
+    return {
+        "latency": {**latency, "ratio": latency["pruned"] / latency["dense"], "answer_tokens": answer_tokens},
+        "throughput": {**throughput, "ratio": throughput["pruned"] / throughput["dense"]},
+    }
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of keys and values that a cache holds."""
+    layers = [layer for layer in cache.layers if layer.is_initialized]
+    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
 
 
 def summary(values: list[float]) -> dict[str, Any]:

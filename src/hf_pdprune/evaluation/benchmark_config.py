@@ -15,6 +15,9 @@ class BenchmarkConfig:
             Prompts per batch. Every length is measured with every batch size.
         decode_tokens (`int`, *optional*, defaults to `32`):
             Decode steps that are timed, one token each.
+        answer_tokens (`int`, *optional*, defaults to `128`):
+            Length of the answer for which latency and throughput are given, from the medians of first and further
+            tokens.
         repeats (`int`, *optional*, defaults to `5`):
             Prefills that are timed.
         warmup (`int`, *optional*, defaults to `1`):
@@ -29,6 +32,9 @@ class BenchmarkConfig:
         metadata={"help": "Prompts per batch. Every length is measured with every batch size."},
     )
     decode_tokens: int = field(default=32, metadata={"help": "Decode steps that are timed, one token each."})
+    answer_tokens: int = field(
+        default=128, metadata={"help": "Length of the answer for which latency and throughput are given."}
+    )
     repeats: int = field(default=5, metadata={"help": "Prefills that are timed."})
     warmup: int = field(
         default=1, metadata={"help": "Prefills, and four times as many decode steps, that run before, uncounted."}
@@ -40,6 +46,6 @@ class BenchmarkConfig:
             values = getattr(self, name)
             if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):
                 raise ValueError(f"{name} must be positive whole numbers, got {values!r}")
-        for name, least in (("decode_tokens", 1), ("repeats", 1), ("warmup", 0)):
+        for name, least in (("decode_tokens", 1), ("answer_tokens", 1), ("repeats", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -1,10 +1,12 @@
 """Parameter shares: which part of the parameters that a stage's time depends on was removed."""
 
+from collections.abc import Collection
+
 from torch import nn
 
 from ..adapters import adapter_layers
 from ..blocks import get_blocks
-from ..inference import DecodeStage, PrefillStage, Stage
+from ..inference import DecodeStage, PrefillStage
 
 
 def parameter_shares(dense_model: nn.Module, prefill: PrefillStage, decode: DecodeStage) -> dict[str, float]:
@@ -21,30 +23,30 @@ def parameter_shares(dense_model: nn.Module, prefill: PrefillStage, decode: Deco
         `dict[str, float]`: `prefill_share_removed` (of block parameters) and `decode_share_removed` (of block and
         LM-head parameters).
     """
-    blocks = sum(_parameters(block) for block in get_blocks(dense_model))
-    head = _head_parameters(dense_model)
-    decode_total = blocks + head
+    blocks, head = sum(block_parameters(dense_model)), head_parameters(dense_model)
+    prefill_blocks = sum(block_parameters(prefill.model, prefill.bypassed))
+    decode_blocks = sum(block_parameters(decode.model, decode.bypassed))
     return {
-        "prefill_share_removed": 1 - _running_parameters(prefill) / blocks,
-        "decode_share_removed": 1 - (_running_parameters(decode) + _head_parameters(decode.model)) / decode_total,
+        "prefill_share_removed": 1 - prefill_blocks / blocks,
+        "decode_share_removed": 1 - (decode_blocks + head_parameters(decode.model)) / (blocks + head),
     }
 
 
-def _running_parameters(stage: Stage) -> int:
-    """Parameters of the blocks that the stage runs."""
-    return sum(_parameters(block) for i, block in enumerate(get_blocks(stage.model)) if i not in stage.bypassed)
+def block_parameters(model: nn.Module, bypassed: Collection[int] = ()) -> list[int]:
+    """Parameters of each block that runs, without those of adapters, which an export merges."""
+    return [_parameters(block) for index, block in enumerate(get_blocks(model)) if index not in bypassed]
+
+
+def head_parameters(model: nn.Module) -> int:
+    """Parameters of the LM head, tied to the embeddings or not."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else _parameters(head)
 
 
 def _parameters(module: nn.Module) -> int:
-    """Parameters of a module without those of adapters, which an export merges."""
     layers = adapter_layers(module)
     return sum(
         parameter.numel()
         for name, parameter in module.named_parameters()
         if ".base_layer." in name or not any(name.startswith(f"{layer}.") for layer in layers)
     )
-
-
-def _head_parameters(model: nn.Module) -> int:
-    head = model.get_output_embeddings()
-    return 0 if head is None else _parameters(head)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..plan import PruningPlan
+from .figures import new_figure, save_figure
 
 
 _BAR, _KEPT, _REMOVED, _MERGED, _WINDOW, _NONE = "#8c9bab", "#dde3ea", "#c0392b", "#e6a23c", "#2f6fb0", "#ffffff"
@@ -25,18 +26,11 @@ def plot_plan(plan: PruningPlan, redundancy: Sequence[float] | None, path: str |
         `ImportError`: If matplotlib is not installed.
         `ValueError`: If there is not one value per block.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install hf-pdprune[plots]") from error
     total = plan.num_hidden_layers
     if redundancy is not None and len(redundancy) != total:
         raise ValueError(f"redundancy has {len(redundancy)} values, the plan is of {total} blocks")
     width = min(max(7.0, 2.2 + 0.3 * total), 24.0)
-    # A figure without pyplot: nothing global, no display, safe in threads.
-    figure = Figure(figsize=(width, 4.6 if redundancy is not None else 2.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, 4.6 if redundancy is not None else 2.4)
     if redundancy is None:
         stages = figure.subplots()
     else:
@@ -46,11 +40,7 @@ def plot_plan(plan: PruningPlan, redundancy: Sequence[float] | None, path: str |
     figure.suptitle(f"{Path(plan.base_model).name}: what each stage does without", fontsize=11)
     handles = _legend_handles(plan)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
-    path = Path(path)
-    temporary = path.with_name(path.name + ".partial")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_bars(axes, plan: PruningPlan, redundancy: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -10,10 +11,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..inference import DecodeStage, PrefillStage, Stage, dense_forward, disaggregated_forward
+from .token_statistics import token_statistics
 
 
-# Rows of logits that are turned into float32 log-probabilities at once: 256 x 150k tokens of vocabulary are 150 MB.
-_ROWS = 256
 Pair = tuple[PrefillStage, DecodeStage]
 
 
@@ -27,10 +27,13 @@ class QualitySums:
 
     def __init__(self, name: str):
         self.name = name
-        self.tokens, self.agreeing = 0, 0
-        self.nll, self.kl = 0.0, 0.0
+        self.tokens, self.first_tokens = 0, 0
+        self.nll, self.kl, self.first_kl, self.agreeing = 0.0, 0.0, 0.0, 0.0
+        self.kl_of_examples: list[float] = []
 
-    def update(self, logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor) -> None:
+    def update(
+        self, logits: torch.Tensor, dense_logits: torch.Tensor, labels: torch.Tensor, is_first: torch.Tensor
+    ) -> None:
         """
         Adds some tokens.
 
@@ -38,30 +41,44 @@ class QualitySums:
             logits (`torch.Tensor`): Shape `(num_tokens, vocab_size)`.
             dense_logits (`torch.Tensor`): The dense model's, of the same shape.
             labels (`torch.LongTensor`): The tokens that came, shape `(num_tokens,)`.
+            is_first (`torch.BoolTensor`): Which of them are the first of their completion, which prefill predicts.
 
         Raises:
             `ValueError`: If logits are not finite.
         """
-        for begin in range(0, len(labels), _ROWS):
-            rows = slice(begin, begin + _ROWS)
-            log_probs = logits[rows].float().log_softmax(dim=-1)
-            dense_log_probs = dense_logits[rows].float().log_softmax(dim=-1)
-            nll = -log_probs.gather(-1, labels[rows, None]).double().sum().item()
-            kl = torch.nn.functional.kl_div(log_probs, dense_log_probs, reduction="none", log_target=True)
-            kl = kl.sum(dim=-1).clamp(min=0).double().sum().item()  # below 0 by rounding only
-            if not math.isfinite(nll + kl):
-                raise ValueError(f"{self.name}: logits hold NaN or infinity (a dtype too narrow for the model?)")
-            self.nll, self.kl, self.tokens = self.nll + nll, self.kl + kl, self.tokens + len(log_probs)
-            self.agreeing += int((log_probs.argmax(dim=-1) == dense_log_probs.argmax(dim=-1)).sum())
+        try:
+            per_token = token_statistics(logits, labels, dense_logits)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        self.tokens += len(labels)
+        self.nll += float(per_token.nll.sum())
+        self.kl += float(per_token.kl.sum())
+        self.agreeing += float(per_token.agrees.sum())
+        is_first = is_first.cpu()
+        self.first_tokens += int(is_first.sum())
+        self.first_kl += float(per_token.kl[is_first].sum())
+        # Tokens come example by example, each beginning with its first one.
+        examples = per_token.kl.tensor_split(is_first.nonzero()[1:, 0])
+        self.kl_of_examples += [float(example.mean()) for example in examples if len(example)]
 
     def result(self) -> dict[str, float | int]:
-        """`perplexity`, `kl` (nats per token), `top1_agreement` and `tokens`."""
-        return {
+        """
+        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; by stage `kl_prefill`, `kl_decode`; and from
+        two examples on `kl_stderr`, the standard error of the KL over examples (tokens of one are not independent).
+        """
+        result = {
             "perplexity": math.exp(min(self.nll / self.tokens, 700)),  # e^709 is the end of floats
             "kl": self.kl / self.tokens,
             "top1_agreement": self.agreeing / self.tokens,
             "tokens": self.tokens,
         }
+        if len(self.kl_of_examples) > 1:
+            result["kl_stderr"] = statistics.stdev(self.kl_of_examples) / math.sqrt(len(self.kl_of_examples))
+        if self.first_tokens:
+            result["kl_prefill"] = self.first_kl / self.first_tokens
+        if self.tokens > self.first_tokens:
+            result["kl_decode"] = (self.kl - self.first_kl) / (self.tokens - self.first_tokens)
+        return result
 
 
 def evaluate_quality(
@@ -101,7 +118,8 @@ def compare_quality(
 
     Returns:
         `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement`, all per completion
-        token, and `tokens`, their number.
+        token, and `tokens`, their number; `kl_prefill` of the first completion tokens, `kl_decode` of the others;
+        `kl_stderr` over examples.
 
     Raises:
         `ValueError`: If there is no completion token, or if logits are not finite.
@@ -121,9 +139,11 @@ def compare_quality(
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             mask = batch["labels"] != -100
             labels, dense_logits = batch["labels"][mask], dense_forward(dense_model, batch)[mask]
-            sums["dense"].update(dense_logits, dense_logits, labels)
+            is_first = (torch.arange(mask.shape[1], device=device) == 0).expand_as(mask)[mask]
+            sums["dense"].update(dense_logits, dense_logits, labels, is_first)
             for name, pair in pairs.items():
-                sums[name].update(disaggregated_forward(*pair, batch)[mask].to(device), dense_logits, labels)
+                logits = disaggregated_forward(*pair, batch)[mask].to(device)
+                sums[name].update(logits, dense_logits, labels, is_first)
     finally:
         for model, was_training in training:
             model.train(was_training)

@@ -3,28 +3,33 @@
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artefact_file import write_artefact
+from ..artefact_file import read_json, write_artefact
 from ..plan import PruningPlan
 from .plan_plot import plot_plan
-from .result_table import ResultTable, megabytes
+from .result_table import ResultTable, megabytes, numbers
 from .results import kl_closed, read_results
+from .speed_plot import plot_speed
+from .task_plot import plot_tasks
 
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE_NAME = "report.md"
 PLOT_FILE_NAME = "pruning_plan.png"
+TASK_PLOT_FILE_NAME = "tasks.png"
+SPEED_PLOT_FILE_NAME = "speed.png"
+BENCHMARK_FILE_NAME = "benchmark.json"
 _STATISTICS_FILE_NAME = "block_statistics.json"
 
 
 def write_report(folder: str | os.PathLike) -> str:
     """
-    Writes `report.md` and `pruning_plan.png` from `pruning_plan.json`, `results.json` and, where it is there,
-    `block_statistics.json`. No model runs.
+    Writes `report.md` and its pictures from `pruning_plan.json`, `results.json` and, where they are there,
+    `block_statistics.json` and `benchmark.json`. No model runs.
 
     Args:
         folder (`str`): Where the artefacts are.
@@ -38,14 +43,19 @@ def write_report(folder: str | os.PathLike) -> str:
     """
     folder = Path(folder)
     plan, results = PruningPlan.from_pretrained(folder), read_results(folder)
-    statistics = folder / _STATISTICS_FILE_NAME
-    has_plot = True
+    statistics, benchmark = folder / _STATISTICS_FILE_NAME, folder / BENCHMARK_FILE_NAME
+    cases = read_json(benchmark)["cases"] if benchmark.is_file() else []
+    plots = set()
     try:
-        plot_plan(plan, read_redundancy(statistics) if statistics.is_file() else None, folder / PLOT_FILE_NAME)
+        redundancy = read_redundancy(statistics) if statistics.is_file() else None
+        plots.add(plot_plan(plan, redundancy, folder / PLOT_FILE_NAME).name)
+        if results.get("tasks") and plot_tasks(results["tasks"], folder / TASK_PLOT_FILE_NAME):
+            plots.add(TASK_PLOT_FILE_NAME)
+        if cases:
+            plots.add(plot_speed(cases, folder / SPEED_PLOT_FILE_NAME).name)
     except ImportError as error:
         logger.warning("%s", error)
-        has_plot = False
-    write_artefact(folder / REPORT_FILE_NAME, report_text(plan, results, has_plot))
+    write_artefact(folder / REPORT_FILE_NAME, report_text(plan, results, plots, cases))
     return terminal_text(plan, results)
 
 
@@ -64,8 +74,14 @@ def read_redundancy(path: str | os.PathLike) -> list[float]:
 
 
 def terminal_text(plan: PruningPlan, results: Mapping[str, Any]) -> str:
-    """Both tables and a line on healing, as plain text."""
-    parts = [ResultTable.of_quality_speed_and_bytes(results).to_text()]
+    """The tables and a line on healing, as plain text."""
+    parts = []
+    if not {"quality", "speed", "kv"}.isdisjoint(results):
+        parts.append(ResultTable.of_quality_speed_and_bytes(results).to_text())
+    if results.get("tasks"):
+        parts.append(ResultTable.of_tasks(results["tasks"], results.get("tasks_mean")).to_text())
+    if "quality_of_stages" in results:
+        parts.append(ResultTable.of_stage_quality(results).to_text())
     if "speed" in results:
         parts.append(ResultTable.of_speed_and_shares(results["speed"]).to_text())
     parts.append("\n".join(_remarks(results)))
@@ -76,10 +92,24 @@ def terminal_text(plan: PruningPlan, results: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def report_text(plan: PruningPlan, results: Mapping[str, Any], has_plot: bool = True) -> str:
-    """The report in Markdown."""
+def report_text(
+    plan: PruningPlan,
+    results: Mapping[str, Any],
+    plots: Collection[str] = (PLOT_FILE_NAME,),
+    cases: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """
+    The report in Markdown.
+
+    Args:
+        plan ([`PruningPlan`]): The plan.
+        results (`Mapping`): What `results.json` holds; parts that are missing are left out.
+        plots (`Collection[str]`): Names of the pictures that there are.
+        cases (`Sequence[Mapping]`): `cases` of `benchmark.json`.
+    """
     lines = [f"# {Path(plan.base_model).name}, pruned per stage", ""]
-    lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
+    if not {"quality", "speed", "kv"}.isdisjoint(results):
+        lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
     if "quality" in results:
         tokens = next(iter(results["quality"].values())).get("tokens")
         lines += [
@@ -90,6 +120,7 @@ def report_text(plan: PruningPlan, results: Mapping[str, Any], has_plot: bool = 
             "",
         ]
     lines += [line + "  " for line in _remarks(results)] + [""]
+    lines += _task_section(results, TASK_PLOT_FILE_NAME in plots)
     if "speed" in results:
         speed = results["speed"]
         size = ""
@@ -101,8 +132,23 @@ def report_text(plan: PruningPlan, results: Mapping[str, Any], has_plot: bool = 
             "payload included; TPOT: one greedy decode step on the prompt's cache.",
             "",
         ]
+    if cases:
+        lines += [ResultTable.of_speed_cases(cases).to_markdown(), ""]
+        lines += [
+            f"Latency and throughput of an answer of {cases[0]['latency']['answer_tokens']} tokens: TTFT and the TPOT "
+            "that follow, without the time on a link.",
+            "",
+            ResultTable.of_roofline(cases).to_markdown(),
+            "",
+            "Prefill is bound by FLOPs, a decode step by the bytes that it reads (weights of blocks and LM head, KV "
+            "entries): 100 % means that all of the share removed was saved in time. More is possible where something "
+            "else is the limit.",
+            "",
+        ]
+        if SPEED_PLOT_FILE_NAME in plots:
+            lines += [f"![Times over the prompt length, and time saved]({SPEED_PLOT_FILE_NAME})", ""]
     lines += ["## Plan", ""]
-    if has_plot:
+    if PLOT_FILE_NAME in plots:
         lines += [f"![Redundancy per block and what was removed]({PLOT_FILE_NAME})", ""]
     lines += [*_plan_table(plan), ""]
     if "sample" in results:
@@ -113,6 +159,32 @@ def report_text(plan: PruningPlan, results: Mapping[str, Any], has_plot: bool = 
     lines += _mapping_section("Distillation", results.get("distillation", {}))
     lines += _mapping_section("Measured on", results.get("environment", {}))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _task_section(results: Mapping[str, Any], has_plot: bool) -> list[str]:
+    """Tasks of lm-eval and quality on text, as recipes/evaluate.py measures them."""
+    lines = []
+    if results.get("tasks"):
+        lines += [ResultTable.of_tasks(results["tasks"], results.get("tasks_mean")).to_markdown(), ""]
+        lines += [
+            "Contexts go through prefill, answers through decode. The difference is that of the pair to the dense "
+            "model, ± its standard error over the rows of a task (both models answer the same ones).",
+            "",
+        ]
+        if has_plot:
+            lines += [f"![Right answers per task]({TASK_PLOT_FILE_NAME})", ""]
+    for task, reason in results.get("tasks_skipped", {}).items():
+        lines += [f"left out: {task} ({reason})  "]
+    seen = results.get("overlap", {}).get("seen_rows")
+    if seen:
+        lines += [
+            "Rows that search or distillation had seen: " + ", ".join(f"{k} {v}" for k, v in seen.items()) + "  "
+        ]
+    if "quality_of_stages" in results:
+        tokens = results["quality_of_stages"]["dense"]["tokens"]
+        lines += ["", ResultTable.of_stage_quality(results).to_markdown(), ""]
+        lines += [f"On {tokens:,} completion tokens of held-out text, per token.", ""]
+    return ["## Tasks and text", "", *lines] if lines else []
 
 
 def _remarks(results: Mapping[str, Any]) -> list[str]:
@@ -150,11 +222,6 @@ def _plan_table(plan: PruningPlan) -> list[str]:
     lines.append(f"| blocks left | {' | '.join(kept)} |")
     window = f"first {kv.first_tokens} and last {kv.last_tokens} tokens"
     return [*lines, "", f"Token-aware blocks ({window}): {numbers(token_aware)}"]
-
-
-def numbers(values: Sequence[Any]) -> str:
-    """Block numbers or pairs as text."""
-    return ", ".join(str(list(value)) if isinstance(value, tuple) else str(value) for value in values) or "none"
 
 
 def _mapping_section(title: str, mapping: Mapping[str, Any]) -> list[str]:

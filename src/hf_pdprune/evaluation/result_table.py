@@ -1,8 +1,10 @@
 """ResultTable: what results.json says, as a table for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from .task_comparison import is_accuracy
 
 
 _COLUMNS = {"dense": "dense", "unhealed": "pruned, unhealed", "healed": "pruned, healed"}
@@ -55,6 +57,96 @@ class ResultTable:
             table.rows.append([f"{time.upper()} ({stage})", *cells])
         return table
 
+    @classmethod
+    def of_speed_cases(cls, cases: Sequence[Mapping[str, Any]]) -> "ResultTable":
+        """A row per prompt length and batch size of a benchmark."""
+        title = ["prompt", "batch"]
+        for what in ("TTFT", "TPOT"):
+            title += [f"{what} dense", "pruned", "ratio"]
+        table = cls([[*title, "latency", "tokens/s", "KV held", "KV sent", "peak memory"]])
+        for case in cases:
+            row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
+            for what in ("ttft", "tpot"):
+                row += [f"{1000 * case[what][name]['median']:.1f} ms" for name in ("dense", "pruned")]
+                low, high = case[what]["ratio_quartiles"]
+                row.append(f"{case[what]['ratio']:.3f} ({low:.2f}-{high:.2f})")
+            row += [f"x {case['latency']['ratio']:.3f}", f"x {case['throughput']['ratio']:.3f}"]
+            held, sent = case["kv"]["bytes_held"], case["kv"]
+            row.append(f"{megabytes(held['pruned'])} ({held['dense'] / held['pruned']:.2f}x fewer)")
+            row.append(f"{megabytes(sent['bytes_sent'])} ({sent['ratio']:.2f}x fewer)")
+            peaks = [case["memory"][stage] for stage in ("prefill", "decode")]
+            row.append(
+                ""
+                if any(value is None for peak in peaks for value in peak.values())
+                else ", ".join(f"{megabytes(peak['pruned'])} of {megabytes(peak['dense'])}" for peak in peaks)
+            )
+            table.rows.append(row)
+        return table.without_empty_columns()
+
+    @classmethod
+    def of_roofline(cls, cases: Sequence[Mapping[str, Any]]) -> "ResultTable":
+        """Time saved beside the share of what limits each stage."""
+        title = ["prompt", "batch", "prefill FLOPs removed", "time saved", "of the share"]
+        table = cls([[*title, "decode bytes removed", "time saved", "of the share"]])
+        for case in cases:
+            row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
+            for what, limit in (("ttft", "prefill_flops"), ("tpot", "decode_bytes")):
+                removed, saved = case["roofline"][f"{limit}_removed"], 1 - case[what]["ratio"]
+                row += [f"{removed:.1%}", f"{saved:.1%}", f"{saved / removed:.0%}" if removed > 0 else ""]
+            table.rows.append(row)
+        return table
+
+    @classmethod
+    def of_links(
+        cls, cases: Sequence[Mapping[str, Any]], gigabits: Sequence[float] = (1, 10, 100, 400)
+    ) -> "ResultTable":
+        """Time to send the prompts' KV entries, dense and pruned, over links of some speeds (bytes over bandwidth)."""
+        table = cls([["prompt", "batch", *(f"{speed:g} Gbit/s" for speed in gigabits)]])
+        for case in cases:
+            row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
+            for speed in gigabits:
+                dense, sent = (1000 * 8 * case["kv"][key] / (speed * 1e9) for key in ("bytes_dense", "bytes_sent"))
+                row.append(f"{dense:.3g} -> {sent:.3g} ms")
+            table.rows.append(row)
+        return table
+
+    @classmethod
+    def of_tasks(cls, tasks: Mapping[str, Any], mean: Mapping[str, Any] | None = None) -> "ResultTable":
+        """Tasks of lm-eval: the dense model beside the pair, and the difference with its standard error over rows."""
+        table = cls([["task", "metric", "rows", "dense", "pruned", "difference"]])
+        for name, part in tasks.items():
+            cells = [_metric(part["metric"], part[key]) for key in ("dense", "pruned")]
+            table.rows.append([name, part["metric"], str(part["rows"]), *cells, _difference(part)])
+        if mean is not None:
+            cells = [_metric("acc", mean[key]) for key in ("dense", "pruned")]
+            table.rows.append(["mean", "accuracy", "", *cells, _difference({"metric": "acc", **mean})])
+        return table
+
+    @classmethod
+    def of_stage_quality(cls, results: Mapping[str, Any]) -> "ResultTable":
+        """Perplexity, KL and top-1 agreement on held-out text, of all tokens and by stage."""
+        titles = {
+            "perplexity": "perplexity",
+            "kl": "KL to dense",
+            "kl_stderr": "its standard error over examples",
+            "kl_prefill": "KL, first token (prefill)",
+            "kl_decode": "KL, others (decode)",
+            "top1_agreement": "top-1 agreement",
+        }
+        names = list(results["quality_of_stages"])
+        table = cls([["", *names, *(f"{name}, all tokens handed over" for name in names if name != "dense")]])
+        for key, title in titles.items():
+            row = [results["quality_of_stages"][name].get(key) for name in names]
+            row += [results["quality_of_stages_all_tokens"][name].get(key) for name in names if name != "dense"]
+            if any(value is not None for value in row):
+                table.rows.append([title, *map(_number, row)])
+        return table
+
+    def without_empty_columns(self) -> "ResultTable":
+        """The table without columns in which nothing was measured."""
+        kept = [column for column in range(len(self.rows[0])) if any(row[column] for row in self.rows[1:])]
+        return ResultTable([[row[column] for column in kept] for row in self.rows])
+
     def to_text(self) -> str:
         """For a terminal: columns of equal width, the first one left, the others right."""
         widths = [max(len(row[column]) for row in self.rows) for column in range(len(self.rows[0]))]
@@ -80,9 +172,27 @@ def megabytes(nbytes: int) -> str:
     return f"{nbytes} B"
 
 
+def numbers(values: Sequence[Any]) -> str:
+    """Block numbers or pairs as text."""
+    return ", ".join(str(list(value)) if isinstance(value, tuple) else str(value) for value in values) or "none"
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return ""
     if value == 0:
         return "0"
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1e5 else f"{value:.2e}"
+
+
+def _metric(name: str, value: float) -> str:
+    """Accuracies in per cent, all else as a number."""
+    return f"{100 * value:.1f} %" if is_accuracy(name) else _number(value)
+
+
+def _difference(part: Mapping[str, Any]) -> str:
+    factor, unit = (100, " points") if is_accuracy(part["metric"]) else (1, "")
+    text = f"{factor * part['difference']:+.1f}"
+    if part.get("difference_stderr") is not None:
+        text += f" ± {factor * part['difference_stderr']:.1f}"
+    return text + unit

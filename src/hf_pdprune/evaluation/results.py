@@ -31,6 +31,19 @@ def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path
         raise ValueError(f"{RESULTS_FILE_NAME}: a result is NaN or infinite") from error
 
 
+def record_command(folder: str | os.PathLike, recipe: str, command: str) -> None:
+    """
+    Keeps in `results.json` by which command a recipe has made its part.
+
+    Args:
+        folder (`str`): Where the artefacts of a run are.
+        recipe (`str`): Name of the recipe.
+        command (`str`): See [`command_line`].
+    """
+    there = read_results(folder) if (Path(folder) / RESULTS_FILE_NAME).is_file() else {}
+    write_results(folder, {"commands": {**there.get("commands", {}), recipe: command}})
+
+
 def read_results(folder: str | os.PathLike) -> dict[str, Any]:
     """
     Reads `results.json` from a folder (or the file itself).

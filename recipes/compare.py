@@ -1,0 +1,46 @@
+"""
+Several runs side by side, from their artefacts alone: no model is loaded.
+
+    python recipes/compare.py --runs outputs/demo outputs/other study=outputs/ablation --output docs/results.md
+
+A run is a folder in which prune.py, evaluate.py, benchmark.py or ablation.py has left its results; name=folder calls
+it otherwise in the tables. Prints the table of runs; the last line on stdout is JSON.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from trl import TrlParser
+
+from hf_pdprune.evaluation.run_comparison import compare_runs
+
+
+@dataclass
+class CompareArguments:
+    """Which runs are compared, and where the result goes."""
+
+    runs: list[str] = field(metadata={"help": "Folders, or name=folder."})
+    output: str = field(default="outputs/comparison.md", metadata={"help": "The Markdown file to write."})
+    title: str = field(default="Results", metadata={"help": "Its heading."})
+
+
+def main(args: CompareArguments) -> None:
+    folders = {}
+    for entry in args.runs:
+        name, separator, folder = entry.partition("=")
+        name, folder = (name, folder) if separator and not Path(entry).is_dir() else (Path(entry).name, entry)
+        if name in folders:
+            raise ValueError(f"runs: two are called {name!r}; call one otherwise with name=folder")
+        folders[name] = folder
+    print(compare_runs(folders, args.output, args.title), "\n")
+    print(json.dumps({"output": args.output, "runs": list(folders)}))
+
+
+if __name__ == "__main__":
+    try:
+        main(*TrlParser((CompareArguments,)).parse_args_and_config())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)

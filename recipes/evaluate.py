@@ -1,0 +1,309 @@
+"""
+Quality of a pair of stages beside the dense model's: perplexity, KL and top-1 agreement on held-out text, and tasks
+of lm-eval, all through the hand-over as it is deployed.
+
+    accelerate launch recipes/evaluate.py --config recipes/smollm2-135m/evaluate.yaml --stages outputs/demo
+
+With --data_folder tasks read JSON lines from there (<task>.<data_split>.jsonl) and need no network; a task without
+such a file is named and left out. Without it they are lm-eval's own, from the Hub. Several processes share requests.
+
+Interrupt it wherever you like: evaluation.jsonl keeps every finished task, answers/ the answers to single requests,
+and the same command goes on from there. Prints a table; the last line on stdout is JSON. Into the folder go
+results.json, report.md and its pictures.
+"""
+
+import hashlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import TrlParser
+
+from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
+from hf_pdprune.artefact_file import read_json
+from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.evaluation import compare_quality, write_report, write_results
+from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.environment import describe_environment
+from hf_pdprune.evaluation.pair_source import PairSource
+from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.results import record_command
+from hf_pdprune.evaluation.row_file import RowFile
+from hf_pdprune.evaluation.task_comparison import compare_tasks, mean_accuracy
+from hf_pdprune.evaluation.text_overlap import TextOverlap
+from hf_pdprune.integrations.lm_eval import PDPruneLM
+from hf_pdprune.integrations.task_evaluation import TaskEvaluation
+
+
+# evaluate.py of this folder has the name of a library that lm-eval needs.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+logger = logging.getLogger(__name__)
+
+ROWS_FILE_NAME = "evaluation.jsonl"
+PLACES = ("stages", "dense", "data_folder", "output_dir")
+
+
+@dataclass
+class EvaluateArguments:
+    """Which models are evaluated, and on what."""
+
+    stages: str = field(metadata={"help": "Folder with the plan and the stages prefill/ and decode/."})
+    dense: str | None = field(
+        default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the results. Default: stages."})
+    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, or auto: the checkpoint's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2, ..."})
+    batch_size: int = field(default=8, metadata={"help": "Requests per forward."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"],
+        metadata={"help": "Tasks of lm-eval by their usual names; on local data also wikitext2 and lambada."},
+    )
+    data_folder: str | None = field(
+        default=None, metadata={"help": "Folder with <task>.<data_split>.jsonl. Default: data from the Hub."}
+    )
+    data_split: str = field(default="validation", metadata={"help": "Part of the local data to evaluate on."})
+    limit: int | None = field(default=None, metadata={"help": "Rows per task, from the first on. Default: all."})
+    num_fewshot: int | None = field(
+        default=None, metadata={"help": "Worked examples before each question. Default: as each task says."}
+    )
+    text_dataset: str | None = field(
+        default="pydoc-topics", metadata={"help": "Held-out text for perplexity and KL. none: leave them out."}
+    )
+    text_subset: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
+    text_split: str = field(default="validation", metadata={"help": "Split of that data set."})
+    text_examples: int = field(default=24, metadata={"help": "Examples used of it."})
+    text_prompt_tokens: int = field(default=320, metadata={"help": "Prompt tokens of an example."})
+    text_completion_tokens: int = field(default=64, metadata={"help": "Completion tokens of an example."})
+    seen_data: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What search and distillation have seen, each as source:split or source:split:subset. Default: "
+            "what the run.json beside the stages says."
+        },
+    )
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "Go on where evaluation data was seen in search or distillation."}
+    )
+
+    def __post_init__(self):
+        for name in ("limit", "batch_size", "text_examples", "text_prompt_tokens", "text_completion_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.text_dataset is not None and self.text_dataset.lower() == "none":
+            self.text_dataset = None
+        for entry in self.seen_data:
+            if not 2 <= len(entry.split(":")) <= 3:
+                raise ValueError(f"seen_data: {entry!r} is not source:split or source:split:subset")
+
+
+class Models:
+    """The dense model and the pair, loaded when a result of theirs is missing."""
+
+    def __init__(self, args: EvaluateArguments):
+        self.args = args
+        self.plan = PruningPlan.from_pretrained(args.stages)
+        self.dense_name = args.dense or self.plan.base_model
+        self.kwargs = {"batch_size": args.batch_size, "dtype": self._dtype()}
+        if args.attn_implementation is not None:
+            self.kwargs["attn_implementation"] = args.attn_implementation
+
+    def _dtype(self) -> str:
+        return "float32" if self.args.dtype == "auto" and PartialState().device.type == "cpu" else self.args.dtype
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(PairSource(self.args.stages).tokenizer)
+        except (OSError, ValueError):  # exported without one
+            tokenizer = AutoTokenizer.from_pretrained(self.dense_name)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @cached_property
+    def dense(self) -> PDPruneLM:
+        return PDPruneLM(self.dense_name, plan="empty", tokenizer=self.tokenizer, **self.kwargs)
+
+    @cached_property
+    def pruned(self) -> PDPruneLM:
+        return PDPruneLM(self.args.stages, tokenizer=self.tokenizer, **self.kwargs)
+
+    @cached_property
+    def identities(self) -> dict[str, dict[str, str]]:
+        """What tells models apart whose results may differ, without loading them."""
+        fingerprint = read_json(Path(self.args.stages) / "prefill" / "config.json").get("pdprune", {})
+        return {
+            "dense": {"dense": self.dense_name, "dtype": self._dtype()},
+            "pruned": {
+                "plan": self.plan.digest,
+                "fingerprint": fingerprint.get("fingerprint", ""),
+                "dtype": self._dtype(),
+            },
+        }
+
+
+def seen_texts(args: EvaluateArguments) -> TextOverlap | None:
+    """Hashes of what search and distillation have seen; `None` where nobody says what that was."""
+    sources = [tuple((*entry.split(":"), None)[:3]) for entry in args.seen_data]
+    run = Path(args.stages) / "run.json"
+    if not sources and run.is_file():
+        steps = read_json(run)
+        for step, part in (("plan", "calibration"), ("stages", "train")):
+            settings = steps.get(step, {})
+            if settings.get(f"{part}_dataset"):
+                names = (f"{part}_{key}" for key in ("dataset", "split", "subset"))
+                sources.append(tuple(settings.get(name) for name in names))
+    if not sources:
+        return None
+    seen = TextOverlap()
+    for source, split, subset in sources:
+        seen.add(load_text(source, split, subset=subset))
+    return seen
+
+
+def check_overlap(args: EvaluateArguments, evaluation: TaskEvaluation, tasks: list[str]) -> dict[str, Any]:
+    """Counts rows that were seen in search or distillation. Any is a `ValueError`, unless it is allowed."""
+    seen = seen_texts(args)
+    if seen is None:
+        logger.warning("nobody says what search and distillation have seen (seen_data): overlap is not checked")
+        return {"checked": False}
+    counts = {task: seen.count(evaluation.texts(task, args.limit)) for task in tasks}
+    if args.text_dataset is not None:
+        rows = load_text(args.text_dataset, args.text_split, subset=args.text_subset)
+        counts[args.text_dataset] = sum(seen.count([row.get("text") or row.get("prompt") or ""]) for row in rows)
+    found = {name: count for name, count in counts.items() if count}
+    if found and not args.allow_overlap:
+        name, count = next(iter(found.items()))
+        raise ValueError(
+            f"{name}: {count} of the evaluation rows were seen in search or distillation; evaluate on others, or "
+            "--allow_overlap true"
+        )
+    return {"checked": True, "seen_rows": found}
+
+
+def text_settings(args: EvaluateArguments) -> dict[str, Any]:
+    """What the quality on text depends on beside the models."""
+    return {name: value for name, value in vars(args).items() if name.startswith("text_")}
+
+
+def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
+    """Perplexity, KL and top-1 agreement of both models on held-out text."""
+    examples = tokenize_examples(
+        load_text(args.text_dataset, args.text_split, subset=args.text_subset),
+        models.tokenizer,
+        args.text_prompt_tokens,
+        args.text_completion_tokens,
+        args.text_examples,
+    )
+    collator = PromptCompletionCollator(models.tokenizer.pad_token_id)
+    size = args.batch_size
+    batches = [collator(examples[begin : begin + size]) for begin in range(0, len(examples), size)]
+    pairs: dict[str, tuple[PrefillStage, DecodeStage]] = {"pruned": (models.pruned.prefill, models.pruned.decode)}
+    dense = models.dense.prefill.model
+    return {
+        "quality_of_stages": compare_quality(dense, pairs, batches),
+        "quality_of_stages_all_tokens": compare_quality(dense, pairs, batches, token_aware=False),
+    }
+
+
+def file_digest(path: Path | None) -> str:
+    """Tells data files apart."""
+    return "hub" if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def get_or_make(rows: RowFile, settings: dict[str, Any], make: Callable[[], dict[str, Any] | None]) -> dict[str, Any]:
+    """A result that is there, or that all processes make and the main one keeps."""
+    found = rows.get(settings)
+    if found is None:
+        rows.add(settings, make() or {})
+        found = rows.get(settings)
+    return found
+
+
+def main(args: EvaluateArguments) -> None:
+    state = PartialState()
+    folder = Path(args.output_dir or args.stages)
+    models = Models(args)
+    evaluation = TaskEvaluation(args.tasks, args.data_folder, args.data_split, args.num_fewshot)
+    skipped = evaluation.missing()
+    for task, reason in skipped.items():
+        logger.warning("task %s is left out: %s", task, reason)
+    tasks = [task for task in args.tasks if task not in skipped]
+    overlap = check_overlap(args, evaluation, tasks)
+
+    rows = RowFile(folder / ROWS_FILE_NAME, write=state.is_main_process)
+    state.wait_for_everyone()  # nobody writes before all have read
+    results: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
+    for name, identity in models.identities.items():
+        for task in tasks:
+            settings = identity | {
+                "task": task,
+                "data": file_digest(evaluation.file_of(task)),
+                "limit": args.limit,
+                "num_fewshot": args.num_fewshot,
+                "lm_eval": version("lm_eval"),
+            }
+            key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+            cache = folder / "answers" / f"{key}.{task}"
+            results[name][task] = get_or_make(
+                rows,
+                settings,
+                lambda name=name, task=task, cache=cache: evaluation.run(
+                    getattr(models, name), task, args.limit, cache
+                ),
+            )
+    measured: dict[str, Any] = {}
+    if args.text_dataset is not None and state.is_main_process:
+        settings = {**models.identities, **text_settings(args)}
+        measured = get_or_make(rows, settings, lambda: quality(args, models))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    compared = compare_tasks(results["dense"], results["pruned"])
+    mean = mean_accuracy(compared)
+    parts: dict[str, Any] = {"tasks": compared, "tasks_skipped": skipped, "overlap": overlap, **measured}
+    if mean is not None:
+        parts["tasks_mean"] = mean
+    if "dense" in vars(models):
+        parts["evaluation_environment"] = describe_environment(models.dense.prefill.model)
+    if folder != Path(args.stages):
+        models.plan.save_pretrained(folder)
+    write_results(folder, parts)
+    record_command(folder, "evaluate", command_line("recipes/evaluate.py", args, folders=PLACES))
+    write_report(folder)
+    if compared:
+        print(ResultTable.of_tasks(compared, mean).to_text(), "\n")
+    if measured:
+        print(ResultTable.of_stage_quality(measured).to_text(), "\n")
+    for task, reason in skipped.items():
+        print(f"left out: {task} ({reason})")
+    print(json.dumps({"tasks_mean": mean, "tasks_skipped": list(skipped), **_short(compared, measured)}))
+
+
+def _short(compared: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that fit on a line."""
+    values = {task: [part["dense"], part["pruned"]] for task, part in compared.items()}
+    kl = {name: part["kl"] for name, part in measured.get("quality_of_stages", {}).items()}
+    return {"tasks": values, "kl": kl}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    try:
+        main(*TrlParser((EvaluateArguments,)).parse_args_and_config())
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

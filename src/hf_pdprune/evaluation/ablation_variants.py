@@ -1,0 +1,69 @@
+"""AblationVariants: the plans that a study puts beside a stage-wise plan, each differing from it in one thing."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from ..plan import KVPlan, PruningPlan, StagePlan
+
+
+class AblationVariants:
+    """
+    Variants of one plan.
+
+    Args:
+        plan ([`PruningPlan`]): The stage-wise plan with token-aware blocks.
+
+    Example:
+
+    ```python
+    for name, plan in AblationVariants(plan).parts():
+        ...
+    ```
+    """
+
+    def __init__(self, plan: PruningPlan):
+        self.plan = plan
+
+    def parts(self) -> Iterator[tuple[str, PruningPlan]]:
+        """Nothing, blocks only, cache only, both; and prefill's blocks only (so decode's too, but no more)."""
+        plan, nothing = self.plan, StagePlan()
+        yield "nothing removed", replace(plan, prefill=nothing, decode=nothing, kv=self._no_window())
+        yield "cache only", replace(plan, prefill=nothing, decode=nothing)
+        yield "blocks only, decode alone", replace(plan, prefill=nothing, kv=self._no_window())
+        yield "blocks only, those of prefill", replace(plan, decode=plan.prefill, kv=self._no_window())
+        yield "blocks only", replace(plan, kv=self._no_window())
+        yield "blocks and cache", plan
+
+    def windows(self, sizes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, PruningPlan]]:
+        """
+        Other windows for the same token-aware blocks.
+
+        Args:
+            sizes (`Sequence[tuple[int, int]]`): First and last prompt tokens that are kept.
+        """
+        for first, last in sizes:
+            kv = KVPlan(self.plan.kv.token_aware_blocks, first, last)
+            yield f"window {first} + {last}", replace(self.plan, kv=kv)
+
+    def with_blocks(self, other: PruningPlan) -> PruningPlan:
+        """
+        The blocks of another plan with this one's window: its token-aware blocks where decode keeps them, and as many
+        others instead of those that it does not, so that as many bytes cross the wire.
+        """
+        kept = other.kept_blocks("decode")
+        wanted = len(set(self.plan.kv.token_aware_blocks) & set(self.plan.kept_blocks("decode")))
+        chosen = [block for block in self.plan.kv.token_aware_blocks if block in kept]
+        chosen += [block for block in kept if block not in chosen]
+        kv = replace(self.plan.kv, token_aware_blocks=tuple(sorted(chosen[:wanted])))
+        return replace(other, kv=kv)
+
+    @property
+    def unified_blocks(self) -> int:
+        """
+        Blocks that a unified plan of the same cost removes from both stages: half of what the stages lose together,
+        rounded down, in the unified plan's favour.
+        """
+        return (len(self.plan.prefill.missing_blocks) + len(self.plan.decode.missing_blocks)) // 2
+
+    def _no_window(self) -> KVPlan:
+        return replace(self.plan.kv, token_aware_blocks=())

@@ -1,0 +1,130 @@
+"""PairSource: where a pair of stages comes from, in words that a command line has."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from ..hub import load_stages
+from ..inference import DecodeStage, PrefillStage
+from ..plan import PruningPlan
+
+
+@dataclass
+class PairSource:
+    """
+    Where a pair of stages comes from. One of three ways:
+
+    - `pretrained` alone: the folder of a pair, with `prefill/` and `decode/`;
+    - `prefill` and `decode`: a checkpoint each, folder or repo;
+    - `pretrained` and `plan`: the dense model, seen as both stages of a plan (and `adapters`, where there are any).
+
+    Args:
+        pretrained (`str`, *optional*): Folder of a pair, or the dense model (repo id or folder).
+        prefill (`str`, *optional*): Prefill stage checkpoint.
+        decode (`str`, *optional*): Decode stage checkpoint.
+        plan (`str` or [`PruningPlan`], *optional*): Plan of the dense model; `"empty"` removes nothing.
+        adapters (`str`, *optional*): Folder with the adapters `prefill/` and `decode/` of the dense model.
+
+    Raises:
+        `ValueError`: If that is not one of the three ways.
+    """
+
+    pretrained: str | None = None
+    prefill: str | None = None
+    decode: str | None = None
+    plan: str | PruningPlan | None = None
+    adapters: str | None = None
+
+    def __post_init__(self):
+        if (self.prefill is None) != (self.decode is None):
+            missing = "decode" if self.decode is None else "prefill"
+            raise ValueError(f"a pair has two stages: {missing}= is missing")
+        if (self.pretrained is None) == (self.prefill is None):
+            raise ValueError(
+                "give either pretrained= (folder of a pair, or dense model with plan=) or prefill= and decode="
+            )
+        if self.plan is not None and self.pretrained is None:
+            raise ValueError("plan= goes with a dense model (pretrained=); stage checkpoints carry their own")
+        if self.adapters is not None and self.plan is None:
+            raise ValueError("adapters= go with a dense model and plan=; stage checkpoints have theirs merged")
+
+    @property
+    def tokenizer(self) -> str:
+        """Where the tokenizer is."""
+        if self.prefill is not None:
+            return self.prefill
+        return self.pretrained if self.plan is not None else os.path.join(self.pretrained, "prefill")
+
+    def load(self, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
+        """
+        Both stages, in eval mode.
+
+        Args:
+            model_kwargs: For `AutoModelForCausalLM.from_pretrained` (`dtype`, `attn_implementation`, ...).
+
+        Raises:
+            `FileNotFoundError`: If there is no such pair, plan or model.
+            `ValueError`: If the stages do not belong together, or to the plan.
+        """
+        if self.plan is not None:
+            return self._load_dense(**model_kwargs)
+        if self.prefill is None:
+            return load_stages(self.pretrained, **model_kwargs)
+        configs = {"prefill": _config(self.prefill), "decode": _config(self.decode)}
+        plans, fingerprints = {}, {}
+        for stage, config in configs.items():
+            entry = None if getattr(config, "pdprune", None) is None else PruningPlan.entry_of(config)
+            if entry is None or entry["stage"] != stage:
+                what = "no stage checkpoint" if entry is None else f"a {entry['stage']} stage"
+                raise ValueError(f"{stage}={getattr(self, stage)} is {what}")
+            plans[stage], fingerprints[stage] = PruningPlan.from_config(config), entry["fingerprint"]
+        if plans["prefill"].digest != plans["decode"].digest:
+            raise ValueError(
+                f"prefill={self.prefill} and decode={self.decode} are stages of different plans "
+                f"({plans['prefill'].digest[:8]} and {plans['decode'].digest[:8]})"
+            )
+        if fingerprints["prefill"] != fingerprints["decode"]:
+            raise ValueError(
+                f"prefill={self.prefill} and decode={self.decode} are not of one pair: they were exported from "
+                "different models or adapters"
+            )
+        models = [_model(getattr(self, stage), **model_kwargs) for stage in configs]
+        return PrefillStage(models[0], plans["prefill"]), DecodeStage(models[1], plans["prefill"])
+
+    def _load_dense(self, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
+        model = _model(self.pretrained, **model_kwargs)
+        plan = self.plan
+        if plan == "empty":
+            plan = PruningPlan.empty(model)
+        elif not isinstance(plan, PruningPlan):
+            plan = PruningPlan.from_pretrained(plan)
+        names: dict[str, str | None] = {"prefill": None, "decode": None}
+        if self.adapters is not None:
+            from peft import PeftModel
+
+            for stage in names:
+                folder = Path(self.adapters) / stage
+                if not (folder / "adapter_config.json").is_file():
+                    raise FileNotFoundError(f"{folder} holds no adapter: there is no adapter_config.json")
+                names[stage] = stage
+                if isinstance(model, PeftModel):
+                    model.load_adapter(str(folder), stage)
+                else:
+                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=stage)
+            model = model.get_base_model()
+        return PrefillStage(model, plan, names["prefill"]), DecodeStage(model, plan, names["decode"])
+
+
+def _config(name: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"no checkpoint {name!r}: {str(error).splitlines()[0]}") from error
+
+
+def _model(name: str, **model_kwargs: Any) -> AutoModelForCausalLM:
+    _config(name)  # its error is shorter than the weights' one
+    return AutoModelForCausalLM.from_pretrained(name, **model_kwargs).eval()

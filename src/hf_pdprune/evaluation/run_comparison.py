@@ -1,0 +1,186 @@
+"""RunComparison: several runs side by side, from their artefacts alone."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..artefact_file import read_json, write_artefact
+from ..plan import PLAN_FILE_NAME, PruningPlan
+from .ablation_report import ablation_tables
+from .figures import new_figure, save_figure
+from .report import BENCHMARK_FILE_NAME
+from .result_table import ResultTable, numbers
+from .results import RESULTS_FILE_NAME, read_results
+from .row_file import RowFile
+
+
+ABLATION_FILE_NAME = "ablation.jsonl"
+
+
+@dataclass
+class Run:
+    """
+    What one folder holds.
+
+    Args:
+        name (`str`): Its name in tables.
+        plan ([`PruningPlan`], *optional*): Its plan.
+        results (`dict`): Its results; empty where there are none.
+        cases (`list`): `cases` of its benchmark.
+        ablation (`list`): Rows of its study.
+    """
+
+    name: str
+    plan: PruningPlan | None
+    results: dict[str, Any]
+    cases: list[dict[str, Any]]
+    ablation: list[dict[str, Any]]
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike, name: str | None = None) -> "Run":
+        """
+        Reads a folder.
+
+        Raises:
+            `FileNotFoundError`: If it holds neither results nor a study.
+        """
+        folder = Path(folder)
+        has = {file: (folder / file).is_file() for file in (PLAN_FILE_NAME, RESULTS_FILE_NAME, BENCHMARK_FILE_NAME)}
+        study = folder / ABLATION_FILE_NAME
+        if not has[RESULTS_FILE_NAME] and not study.is_file():
+            raise FileNotFoundError(f"{folder}: neither {RESULTS_FILE_NAME} nor {ABLATION_FILE_NAME}")
+        return cls(
+            name or folder.name,
+            PruningPlan.from_pretrained(folder) if has[PLAN_FILE_NAME] else None,
+            read_results(folder) if has[RESULTS_FILE_NAME] else {},
+            read_json(folder / BENCHMARK_FILE_NAME)["cases"] if has[BENCHMARK_FILE_NAME] else [],
+            list(RowFile(study)) if study.is_file() else [],
+        )
+
+    @property
+    def kl(self) -> float | None:
+        """KL of the finished pair: of the stages that were evaluated, else of the healed ones of the main job."""
+        for part, name in (("quality_of_stages", "pruned"), ("quality", "healed"), ("quality", "unhealed")):
+            if name in self.results.get(part, {}):
+                return self.results[part][name]["kl"]
+        return None
+
+    def summary(self) -> list[str]:
+        """Its row in the table of runs."""
+        plan, speed, kv = self.plan, self.results.get("speed", {}), self.results.get("kv", {})
+        mean = self.results.get("tasks_mean")
+        window = ""
+        if plan is not None and plan.kv.token_aware_blocks:
+            blocks = set(plan.kv.token_aware_blocks) - set(plan.decode.missing_blocks)
+            window = f"{len(blocks)} blocks, {plan.kv.first_tokens} + {plan.kv.last_tokens}"
+        return [
+            self.name,
+            "" if plan is None else numbers(plan.prefill.missing_blocks),
+            "" if plan is None else numbers(plan.decode.missing_blocks),
+            window,
+            "" if self.kl is None else f"{self.kl:.3f}",
+            "" if mean is None else f"{mean['dense']:.1%}",
+            "" if mean is None else f"{mean['pruned']:.1%}",
+            f"{speed['ttft_ratio']:.3f}" if speed else "",
+            f"{speed['tpot_ratio']:.3f}" if speed else "",
+            f"{kv['ratio']:.2f}x" if kv else "",
+        ]
+
+
+def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.PathLike, title: str = "Results") -> str:
+    """
+    Writes a comparison of runs as Markdown, and a picture beside it where two or more have KL and TPOT.
+
+    Args:
+        folders (`Mapping[str, str]`): Folder of each run, by the name that it has in the tables.
+        output (`str`): The Markdown file.
+        title (`str`): Its heading.
+
+    Returns:
+        `str`: The table of runs, for a terminal.
+
+    Raises:
+        `FileNotFoundError`: If a folder holds no results.
+    """
+    output = Path(output)
+    runs = [Run.from_folder(folder, name) for name, folder in folders.items()]
+    header = ["run", "prefill removes", "decode removes", "token-aware", "KL", "accuracy dense", "pruned"]
+    pairs = [run for run in runs if run.plan is not None and run.results]
+    table = ResultTable([[*header, "TTFT ratio", "TPOT ratio", "KV fewer"], *(run.summary() for run in pairs)])
+    lines = [f"# {title}", "", "Made by `recipes/compare.py` from the artefacts of runs; no number is typed in.", ""]
+    if pairs:
+        table = table.without_empty_columns()
+        lines += [table.to_markdown(), ""]
+        lines += ["Ratios are pruned / dense. KL in nats per completion token of held-out text.", ""]
+    picture = output.with_suffix(".png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if plot_runs(runs, picture) is not None:
+        lines += [f"![KL over TPOT]({picture.name})", ""]
+    for run in runs:
+        lines += [f"## {run.name}", "", *_details(run)]
+    write_artefact(output, "\n".join(lines).rstrip() + "\n")
+    return table.to_text() if pairs else ablation_tables([row for run in runs for row in run.ablation])
+
+
+def _details(run: Run) -> list[str]:
+    results, lines = run.results, []
+    commands = results.get("commands", {})
+    if results.get("tasks"):
+        lines += _made_by(commands, "evaluate")
+        lines += [ResultTable.of_tasks(results["tasks"], results.get("tasks_mean")).to_markdown(), ""]
+        lines += ["± is the standard error of the difference over the rows, which both models answer.", ""]
+    lines += [f"Left out: {task}, {reason}  " for task, reason in results.get("tasks_skipped", {}).items()]
+    if "quality_of_stages" in results:
+        tokens = results["quality_of_stages"]["dense"]["tokens"]
+        lines += [ResultTable.of_stage_quality(results).to_markdown(), "", f"{tokens:,} completion tokens.", ""]
+    if not {"quality", "quality_all_tokens"}.isdisjoint(results):
+        lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
+    if run.cases:
+        lines += _made_by(commands, "benchmark")
+        lines += [ResultTable.of_speed_cases(run.cases).to_markdown(), ""]
+        lines += ["Medians over interleaved turns; in brackets the quartiles of the ratio.", ""]
+        lines += [ResultTable.of_roofline(run.cases).to_markdown(), ""]
+        lines += [ResultTable.of_links(run.cases).to_markdown(), ""]
+        lines += ["Time to send the KV entries of the prompts over a link of so many Gbit/s, headers aside.", ""]
+    if run.ablation:
+        lines += _made_by(commands, "ablation")
+        lines += [ablation_tables(run.ablation), ""]
+    environment = results.get("environment") or results.get("evaluation_environment")
+    if environment:
+        lines += [", ".join(f"{key} {value}" for key, value in environment.items()), ""]
+    return lines
+
+
+def _made_by(commands: Mapping[str, str], recipe: str) -> list[str]:
+    return ["```bash", commands[recipe], "```", ""] if recipe in commands else []
+
+
+def plot_runs(runs: Sequence[Run], path: str | os.PathLike) -> Path | None:
+    """
+    Draws KL over TPOT, a point per run; `None` where fewer than two runs have both.
+
+    Raises:
+        `ImportError`: If matplotlib is not installed.
+    """
+    points = [(run.results["speed"]["tpot_ratio"], run.kl, run.name) for run in runs if "speed" in run.results]
+    points = [point for point in points if point[1] is not None]
+    if len(points) < 2:
+        return None
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    axes.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), color="#2f6fb0", s=36, zorder=2)
+    for x, y, name in points:
+        axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)
+    axes.scatter([1], [0], color="#33475b", s=36, zorder=2)
+    axes.annotate("dense", (1, 0), (-5, 5), textcoords="offset points", fontsize=8, ha="right")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel("time per output token, pruned / dense", fontsize=9)
+    axes.set_ylabel("KL to dense (nats per token)", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="#e5e5e5", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, path)

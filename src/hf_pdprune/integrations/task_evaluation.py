@@ -1,0 +1,159 @@
+"""TaskEvaluation: tasks of lm-eval, on local data or from the Hub, one after the other on any model of lm-eval."""
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval import evaluate
+from lm_eval.api.model import LM, CachingLM
+from lm_eval.tasks import TaskManager
+
+from .local_tasks import LOCAL_TASKS_FOLDER
+
+
+logger = logging.getLogger(__name__)
+
+LOCAL_PREFIX = "local_"
+_SEED = 1234
+
+
+class TaskEvaluation:
+    """
+    Tasks by the names that people use (`piqa`, `mmlu`, `gsm8k`, ...). With a folder, those for which the library has
+    a task file read their rows from there, and need no network; all others are lm-eval's own, from the Hub.
+
+    Args:
+        tasks (`Sequence[str]`): Names.
+        data_folder (`str`, *optional*): Folder with `<task>.<data_split>.jsonl`.
+        data_split (`str`, defaults to `"validation"`): Which part is evaluated.
+        num_fewshot (`int`, *optional*): Worked examples before each question. Default: as each task says.
+
+    Raises:
+        `FileNotFoundError`: If the folder is missing.
+        `ValueError`: If a task is unknown or named twice.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        data_folder: str | os.PathLike | None = None,
+        data_split: str = "validation",
+        num_fewshot: int | None = None,
+    ):
+        self.tasks = list(tasks)
+        self.data_folder = None if data_folder is None else Path(data_folder)
+        self.data_split = data_split
+        self.num_fewshot = num_fewshot
+        if self.data_folder is not None and not self.data_folder.is_dir():
+            raise FileNotFoundError(f"data_folder: no folder {data_folder}")
+        twice = [name for name in self.tasks if self.tasks.count(name) > 1]
+        if twice:
+            raise ValueError(f"tasks: {twice[0]!r} is named twice")
+        local = {path.stem for path in LOCAL_TASKS_FOLDER.glob(f"{LOCAL_PREFIX}*.yaml")}
+        self._names = {
+            name: LOCAL_PREFIX + name if self.data_folder and LOCAL_PREFIX + name in local else name
+            for name in self.tasks
+        }
+        from_hub = [name for name in self.tasks if self._names[name] == name]
+        metadata = {"data_folder": str(self.data_folder), "data_split": data_split}
+        # Reading the names of all of lm-eval's own tasks takes seconds.
+        self._manager = TaskManager(
+            include_path=str(LOCAL_TASKS_FOLDER), include_defaults=bool(from_hub), metadata=metadata
+        )
+        for name in from_hub:
+            if name not in self._manager.all_tasks:
+                known = ", ".join(sorted(name.removeprefix(LOCAL_PREFIX) for name in local))
+                raise ValueError(f"tasks: unknown task {name!r}; on local data there are {known}")
+        self._loaded: dict[str, dict[str, Any]] = {}
+
+    def file_of(self, task: str) -> Path | None:
+        """The file from which a task reads its rows; `None` for one from the Hub."""
+        if self._names[task] == task:
+            return None
+        return self.data_folder / f"{task}.{self.data_split}.jsonl"
+
+    def missing(self) -> dict[str, str]:
+        """Tasks whose data are not there, with the reason: they are to be named and left out, not counted as zero."""
+        return {
+            task: f"no {file.name} in {self.data_folder}"
+            for task in self.tasks
+            if (file := self.file_of(task)) is not None and not file.is_file()
+        }
+
+    def texts(self, task: str, limit: int | None = None) -> list[str]:
+        """What the task shows to a model, one text per row: what must not have been calibrated or trained on."""
+        texts = []
+        for loaded in self._load(task)["tasks"].values():
+            for doc in list(loaded.test_docs() if loaded.has_test_docs() else loaded.validation_docs())[:limit]:
+                texts.append(str(doc.get("page") or doc.get("text") or doc.get("question") or loaded.doc_to_text(doc)))
+        return texts
+
+    def run(
+        self, lm: LM, task: str, limit: int | None = None, cache: str | os.PathLike | None = None
+    ) -> dict[str, Any] | None:
+        """
+        Evaluates one task.
+
+        Args:
+            lm (`lm_eval.api.model.LM`): The model.
+            task (`str`): One of the names.
+            limit (`int`, *optional*): Rows to use, from the first on.
+            cache (`str`, *optional*): File for the answers to single requests, by which an interrupted task goes on.
+
+        Returns:
+            `dict`: `metrics` and `stderr` by name, `rows`, `num_fewshot`, and `per_row`, the metrics of single rows
+            by which two models can be compared in pairs. `None` in all processes but the main one.
+        """
+        for seed in (random.seed, np.random.seed, torch.manual_seed):
+            seed(_SEED)
+        name = self._names[task]
+        if cache is not None:
+            Path(cache).parent.mkdir(parents=True, exist_ok=True)
+            lm = CachingLM(lm, f"{cache}.rank{lm.rank}.db")
+        results = evaluate(lm, self._load(task), limit=limit, bootstrap_iters=1000, log_samples=True)
+        if results is None:
+            return None
+        row = results["results"].get(name) or results.get("groups", {})[name]
+        metrics, errors = {}, {}
+        for key, value in row.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or not isinstance(value, int | float):
+                continue
+            kept = errors if metric.endswith("_stderr") else metrics
+            metric = metric.removesuffix("_stderr")
+            kept[metric if filtered == "none" else f"{metric} ({filtered})"] = float(value)
+        return {
+            "metrics": metrics,
+            "stderr": {metric: error for metric, error in errors.items() if metric in metrics},
+            "rows": sum(counts["effective"] for counts in results["n-samples"].values()),
+            "num_fewshot": results["n-shot"].get(name),
+            "per_row": _per_row(results["samples"]),
+        }
+
+    def _load(self, task: str) -> dict[str, Any]:
+        if task not in self._loaded:
+            loaded = self._manager.load([self._names[task]])
+            for part in loaded["tasks"].values():
+                default = part.get_config("num_fewshot")
+                if default is None or (self.num_fewshot is not None and default != 0):
+                    part.set_config(key="num_fewshot", value=self.num_fewshot or 0)
+                part.set_fewshot_seed(seed=_SEED)
+            self._loaded[task] = loaded
+        return self._loaded[task]
+
+
+def _per_row(samples: dict[str, list[dict[str, Any]]]) -> dict[str, list[float]]:
+    """Metrics that each row has by itself, in the order of rows."""
+    rows: dict[str, list[float]] = {}
+    for part in samples.values():
+        for sample in sorted(part, key=lambda sample: (sample["filter"], sample["doc_id"])):
+            for metric in sample["metrics"]:
+                if isinstance(sample[metric], int | float):
+                    key = metric if sample["filter"] == "none" else f"{metric} ({sample['filter']})"
+                    rows.setdefault(key, []).append(float(sample[metric]))
+    return rows

@@ -1,0 +1,46 @@
+import pytest
+
+from hf_pdprune.evaluation.ablation_variants import AblationVariants
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+
+PLAN = PruningPlan(
+    "tiny", "llama", 10, prefill=StagePlan((3, 5)), decode=StagePlan((3, 4, 5, 7, 8)), kv=KVPlan((0, 1, 2, 6), 4, 12)
+)
+
+
+def test_parts_differ_from_the_plan_in_one_thing():
+    parts = dict(AblationVariants(PLAN).parts())
+    assert parts["blocks and cache"] == PLAN
+    seen = {
+        name: (plan.prefill.removed_blocks, plan.decode.removed_blocks, plan.kv.token_aware_blocks)
+        for name, plan in parts.items()
+    }
+    both, window = ((3, 5), (3, 4, 5, 7, 8)), (0, 1, 2, 6)
+    assert seen == {
+        "nothing removed": ((), (), ()),
+        "cache only": ((), (), window),
+        "blocks only, decode alone": ((), both[1], ()),
+        "blocks only, those of prefill": (both[0], both[0], ()),
+        "blocks only": (*both, ()),
+        "blocks and cache": (*both, window),
+    }
+
+
+def test_windows_keep_the_blocks():
+    windows = dict(AblationVariants(PLAN).windows([(0, 16), (8, 8)]))
+    assert [(plan.kv.first_tokens, plan.kv.last_tokens) for plan in windows.values()] == [(0, 16), (8, 8)]
+    assert {plan.kv.token_aware_blocks for plan in windows.values()} == {(0, 1, 2, 6)}
+
+
+@pytest.mark.parametrize("removed", [(), (0, 1), (0, 2, 6, 9)])
+def test_other_blocks_with_as_many_token_aware_ones(removed):
+    other = PruningPlan("tiny", "llama", 10, decode=StagePlan(removed))
+    plan = AblationVariants(PLAN).with_blocks(other)
+    assert plan.decode.removed_blocks == removed and len(plan.kv.token_aware_blocks) == 4
+    assert not set(plan.kv.token_aware_blocks) & set(removed)
+    assert (plan.kv.first_tokens, plan.kv.last_tokens) == (4, 12)
+
+
+def test_unified_plan_costs_as_much():
+    assert AblationVariants(PLAN).unified_blocks == 3  # two and five

@@ -1,0 +1,28 @@
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_pdprune.evaluation import write_results
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    spec = importlib.util.spec_from_file_location("compare", Path(__file__).parents[2] / "recipes" / "compare.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "compare", module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_by_folder_and_by_name(recipe, tmp_path, capsys):
+    for name in ("a", "b"):
+        write_results(tmp_path / name, {"quality": {"healed": {"kl": 0.5}}})
+    output = tmp_path / "comparison.md"
+    recipe.main(recipe.CompareArguments([str(tmp_path / "a"), f"second={tmp_path / 'b'}"], str(output)))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["runs"] == ["a", "second"]
+    assert "## second" in output.read_text()
+    with pytest.raises(ValueError, match="two are called 'a'"):
+        recipe.main(recipe.CompareArguments([str(tmp_path / "a"), f"a={tmp_path / 'b'}"], str(output)))

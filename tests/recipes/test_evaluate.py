@@ -1,0 +1,163 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from trl import TrlParser
+
+from hf_pdprune.evaluation import read_results
+from hf_pdprune.hub import export_stages
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "recipes" / "smollm2-135m" / "evaluate.yaml"
+WORDS = "the quick brown fox jumps over a lazy dog while one old cat sleeps".split()
+
+
+def text(seed, words=12):
+    return " ".join(WORDS[(seed * 7 + place * (1 + seed % 5)) % len(WORDS)] for place in range(words))
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate_recipe"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["evaluate_recipe"]
+
+
+@pytest.fixture
+def options(tiny_model, tiny_tokenizer, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    kv = KVPlan((0, 3), first_tokens=2, last_tokens=6)
+    plan = PruningPlan.empty(model, "tiny/llama", prefill=StagePlan((1,)), decode=StagePlan((1, 2)), kv=kv)
+    export_stages(model, plan, tmp_path / "pair", tokenizer=tiny_tokenizer)
+    data = tmp_path / "data"
+    data.mkdir()
+    questions = [{"question": text(i), "choices": [text(i + 1, 3), text(i + 2, 4)], "answer": i % 2} for i in range(6)]
+    write_rows(data / "piqa.validation.jsonl", questions)
+    write_rows(data / "lambada.validation.jsonl", [{"text": text(i, 15)} for i in range(6)])
+    write_rows(data / "text.validation.jsonl", [{"text": text(i, 60)} for i in range(20, 30)])
+    write_rows(data / "piqa.calibration.jsonl", [{"text": text(i, 9)} for i in range(40, 44)])
+    return {
+        "stages": tmp_path / "pair",
+        "dense": tmp_path / "dense",
+        "data_folder": data,
+        "tasks": ["piqa", "lambada", "hellaswag"],
+        "limit": 4,
+        "batch_size": 2,
+        "text_dataset": data / "text.validation.jsonl",
+        "text_examples": 3,
+        "text_prompt_tokens": 40,
+        "text_completion_tokens": 6,
+        "seen_data": [f"{data}:calibration:piqa"],
+    }
+
+
+def run(recipe, options, **changes):
+    arguments = []
+    for name, value in {**options, **changes}.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    recipe.main(*TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(arguments))
+
+
+def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options, capsys, monkeypatch):
+    evaluated = []
+    evaluate = recipe.TaskEvaluation.run
+
+    def interrupted(self, lm, task, *args):
+        evaluated.append(task)
+        if len(evaluated) == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, lm, task, *args)
+
+    monkeypatch.setattr(recipe.TaskEvaluation, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, options)
+    assert len((options["stages"] / "evaluation.jsonl").read_text().splitlines()) == 2
+    run(recipe, options)
+    assert evaluated == ["piqa", "lambada", "piqa", "piqa", "lambada"]
+
+    folder = options["stages"]
+    results = read_results(folder)
+    assert set(results["tasks"]) == {"piqa", "lambada"} and results["tasks"]["piqa"]["rows"] == 4
+    assert results["tasks_skipped"] == {"hellaswag": f"no hellaswag.validation.jsonl in {options['data_folder']}"}
+    assert results["overlap"] == {"checked": True, "seen_rows": {}}
+    assert results["quality_of_stages"]["dense"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert results["quality_of_stages"]["pruned"]["kl"] > results["quality_of_stages"]["dense"]["kl"]
+    assert results["tasks"]["lambada"]["all"]["dense"]["perplexity"] > 1
+    *table, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["tasks_skipped"] == ["hellaswag"] and any(line.startswith("piqa") for line in table)
+    report = (folder / "report.md").read_text()
+    for part in ("## Tasks", "left out: hellaswag", "| piqa | acc | 4 |", "(tasks.png)", "top-1 agreement"):
+        assert part in report, part
+    assert (folder / "tasks.png").read_bytes().startswith(b"\x89PNG")
+
+    run(recipe, options)
+    assert len(evaluated) == 5  # all is there
+    run(recipe, options, limit=2)
+    assert len(evaluated) == 9 and read_results(folder)["tasks"]["piqa"]["rows"] == 2
+
+
+def test_data_that_were_seen_are_refused(recipe, options, tmp_path):
+    seen = options["data_folder"] / "seen.calibration.jsonl"
+    write_rows(seen, [{"prompt": text(2).upper(), "completion": " x"}])
+    changes = {"seen_data": [f"{seen}:any"], "tasks": ["piqa"]}
+    with pytest.raises(ValueError, match="piqa: 1 of the evaluation rows were seen"):
+        run(recipe, options, **changes)
+    assert not (options["stages"] / "evaluation.jsonl").exists()
+    # What a run of the pruning recipe has recorded is looked up too.
+    (options["stages"] / "run.json").write_text(
+        json.dumps({"plan": {"calibration_dataset": str(seen), "calibration_split": "x", "calibration_subset": None}})
+    )
+    arguments = {key: value for key, value in options.items() if key != "seen_data"} | {"tasks": ["piqa"]}
+    with pytest.raises(ValueError, match="piqa: 1 of"):
+        run(recipe, arguments)
+    run(recipe, arguments, allow_overlap=True, limit=3)
+    assert read_results(options["stages"])["overlap"] == {"checked": True, "seen_rows": {"piqa": 1}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["no_such_task"]}, "unknown task 'no_such_task'"),
+        ({"tasks": ["piqa", "piqa"]}, "named twice"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"data_folder": "/no/such/folder"}, "data_folder: no folder"),
+        ({"seen_data": ["piqa"]}, "seen_data: 'piqa'"),
+        ({"no_such_key": 1}, "no_such_key"),
+        ({"stages": "/no/such/pair"}, "no pruning_plan.json"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_an_error_before_anything_is_written(recipe, options, changes, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(recipe, options, **changes)
+    assert not (options["stages"] / "evaluation.jsonl").exists()
+
+
+def test_the_recipe_does_not_hide_the_library_of_its_name():
+    """Run as a script, from its folder, with a library that wants the other `evaluate`."""
+    code = (
+        "import sys, runpy; sys.path.insert(0, sys.argv[1]); "
+        "runpy.run_path(sys.argv[1] + '/evaluate.py', run_name='recipe'); import evaluate; evaluate.Metric"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "recipes")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_every_key_of_the_config_is_known(recipe):
+    (args,) = TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(["--config", str(CONFIG)])
+    assert args.tasks == yaml.safe_load(CONFIG.read_text())["tasks"]
