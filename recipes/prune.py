@@ -41,6 +41,8 @@ from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
+from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
+from hf_pdprune.search.pareto_front import FRONT_FILE_NAMES
 from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
@@ -107,7 +109,14 @@ class PruneArguments:
 
 # What each step leaves in output_dir, in the order of the steps.
 FILES_OF_STEP = {
-    "plan": ("block_statistics.json", PLAN_FILE_NAME, JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME),
+    "plan": (
+        "block_statistics.json",
+        PLAN_FILE_NAME,
+        JOURNAL_FILE_NAME,
+        KV_JOURNAL_FILE_NAME,
+        MERGED_PAIRS_FILE_NAME,
+        *FRONT_FILE_NAMES,
+    ),
     "stages": ("checkpoints", "prefill", "decode", "distillation.json"),
     "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
 }

@@ -101,14 +101,14 @@ def test_less_memory_gives_the_same_energies(tiny_model, architecture, calibrati
     model = tiny_model(architecture)
     data = calibration(model)
     full = Objective(model, data)
-    hidden, entries = full._state_sizes()
+    hidden, entries = full.forward.state_sizes
     rng = random.Random(2)
     plans = [random_plan(model, rng) for _ in range(6)]
     costs = []
     for positions in (5, 2, 1, 0):
         bound = 2 * (entries + positions * hidden) if positions else 0
         objective = Objective(model, data, hidden_cache_bytes=bound)
-        assert len(objective.recorded_blocks) == positions
+        assert len(objective.forward.recorded_blocks) == positions
         assert 2 * objective.state_nbytes <= bound
         for plan in plans:
             assert objective.energy(plan) == full.energy(plan)
