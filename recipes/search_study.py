@@ -7,14 +7,14 @@ blocks (the same ones out of both stages), nothing healed. Writes results.json a
         --validation piqa+mmlu=piqa.validation.jsonl,mmlu.validation.jsonl wikitext2=wikitext2.validation.jsonl
 
 A text is `name=source`, the source a data set as recipes/prune.py takes it (`source:split` for a split of it). Every
-energy is kept in a journal: an interrupted study goes on where it stopped, a finished row is not made again, and what one search has
-measured another one does not measure again (its cost is counted as if it did; seconds are as they were).
+energy is kept in a journal: an interrupted study goes on where it stopped, a finished row is not made again, and what
+one search has measured another one does not measure again (its cost is counted as if it did, its seconds are not).
 """
 
 import statistics as stats
 import sys
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
-from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text
 from hf_pdprune.search import (
@@ -61,7 +60,9 @@ class StudyArguments:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "For those that draw."})
     num_blocks: list[int] = field(default_factory=lambda: [3, 5, 8], metadata={"help": "Blocks removed."})
     calibration_examples: int = field(default=256, metadata={"help": "Examples of each calibration text."})
-    validation_examples: int = field(default=64, metadata={"help": "Examples of each validation text."})
+    validation_examples: list[int] = field(
+        default_factory=lambda: [64], metadata={"help": "Examples of each validation text, or one number for all."}
+    )
     prompt_tokens: int = field(default=192, metadata={"help": "Most prompt tokens of an example."})
     completion_tokens: int = field(default=64, metadata={"help": "Most completion tokens of an example."})
     batch_size: int = field(default=4, metadata={"help": "Examples per forward."})
@@ -99,6 +100,8 @@ class Study:
         for strategy in args.strategies:
             if strategy not in (*SIMPLE, *STEPWISE):
                 raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join((*SIMPLE, *STEPWISE))}")
+        if len(args.validation_examples) not in (1, len(args.validation)):
+            raise ValueError(f"validation_examples: {len(args.validation_examples)} for {len(args.validation)} texts")
         self.args = args
         self.folder = Path(args.output_dir)
         self.path = self.folder / "results.json"
@@ -106,56 +109,70 @@ class Study:
         self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         self.model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
         self.model.to(PartialState().device).eval()
-        self.validation: dict[str, tuple[Text, dict[str, float]]] = {}
+        self.validation: dict[str, Text] = {}
 
     def run(self) -> None:
-        """Makes all rows that are not there yet."""
-        for named in self.args.calibration:
-            text = Text(self.args, self.model, self.tokenizer, named, self.args.calibration_examples)
+        """Makes all rows that are not there yet: those of the first seed first, and of few blocks first."""
+        args = self.args
+        for named in args.calibration:
+            text = Text(args, self.model, self.tokenizer, named, args.calibration_examples)
             statistics = BlockStatistics.measure(self.model, text.calibration.batches)
-            for strategy in self.args.strategies:
-                for seed in self.args.seeds if strategy in SEEDED else [None]:
-                    self._search(text, statistics, strategy, seed)
+            for number, seed in enumerate(args.seeds):
+                for count in sorted(args.num_blocks):
+                    for strategy in args.strategies:
+                        if strategy in SEEDED:
+                            self._search(text, statistics, strategy, seed, count)
+                        elif number == 0:
+                            self._search(text, statistics, strategy, None, count)
         print((self.folder / "table.md").read_text())
 
-    def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None) -> None:
+    def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
+        key = {"strategy": strategy, "seed": seed, "num_blocks": count, "calibration": text.name}
+        if any(key.items() <= row.items() for row in self.rows):
+            return
         args = self.args
-        most = max(args.num_blocks)
-        validated = [named.partition("=")[0] for named in args.validation]
-        done = {
-            (row["num_blocks"], row["validation"])
-            for row in self.rows
-            if (row["strategy"], row["seed"], row["calibration"]) == (strategy, seed, text.name)
-        }
-        if {(count, name) for count in args.num_blocks for name in validated} <= done:
-            return
-        config = SearchConfig(most, most, search_seed=seed or 0, annealing_share=args.annealing_share)
-        removable = removable_blocks(statistics, config, at_least=most)
-        merges = strategy == "annealing+merges"
-        pairs = self._pairs(text, statistics, config) if merges else MergedPairs()
+        config = SearchConfig(count, count, search_seed=seed or 0, annealing_share=args.annealing_share)
+        removable = removable_blocks(statistics, config, at_least=max(args.num_blocks))
+        pairs = self._pairs(text, statistics, config) if strategy == "annealing+merges" else MergedPairs()
+        objective = self._objective(text, pairs)
         begun = time.perf_counter()
-        points = []
-        if strategy in STEPWISE:
-            objective = self._objective(text, pairs, guess=strategy != "greedy")
+        if strategy in SIMPLE:
+            plan = SIMPLE[strategy](objective, removable, config)
+            cost = {"block_tokens": objective.cost.total}
+        else:
             search = StepwiseSearch(objective, Operations(removable, pairs.pairs), config, strategy != "greedy")
-            steps = search.run(most, most)
-            seconds = round(time.perf_counter() - begun, 1)
-            points = [ParetoPoint(step.plan, step.energy) for step in steps]
-            name = "-".join(map(str, (text.name, strategy) + (() if seed is None else (seed,))))
-            ParetoFront([ParetoPoint(objective.dense_plan, 0.0), *points]).save(self.folder / "fronts" / name)
-            for count in args.num_blocks:
-                step = steps[count - 1]
-                cost = {"block_tokens": step.block_tokens, "plain_greedy_block_tokens": step.plain_block_tokens}
-                cost |= {"distilling_block_tokens": pairs.block_tokens, "seconds_of_all_counts": seconds}
-                self._add(text, strategy, seed, count, step.plan, step.energy, cost, pairs)
-            return
-        for count in args.num_blocks:
-            objective = self._objective(text, pairs, guess=False)
-            own = replace(config, num_prefill_blocks=count, num_decode_blocks=count)
-            plan = SIMPLE[strategy](objective, removable, own)
-            spent = objective.cost.total
-            energy = objective.energy(plan)
-            self._add(text, strategy, seed, count, plan, energy, {"block_tokens": spent}, pairs)
+            steps = search.run(count, count)
+            plan = steps[-1].plan
+            cost = {"block_tokens": steps[-1].block_tokens, "plain_greedy_block_tokens": steps[-1].plain_block_tokens}
+            points = [ParetoPoint(objective.dense_plan, 0.0), *(ParetoPoint(step.plan, step.energy) for step in steps)]
+            name = "-".join(str(part) for part in (text.name, strategy, seed) if part is not None)
+            ParetoFront(points).save(self.folder / "fronts" / name)
+        cost |= {
+            "distilling_block_tokens": pairs.block_tokens,
+            "dense_forward_block_tokens": objective.dense_block_tokens,
+            "evaluations": objective.cost.evaluations,
+            "seconds": round(time.perf_counter() - begun, 1),
+        }
+        energy = objective.energy(plan)
+        for place, named in enumerate(args.validation):
+            name = named.partition("=")[0]
+            if name not in self.validation:
+                examples = args.validation_examples[place if len(args.validation_examples) > 1 else 0]
+                self.validation[name] = Text(args, self.model, self.tokenizer, named, examples)
+            self.rows.append(
+                {
+                    **key,
+                    "validation": name,
+                    "calibration_examples": text.calibration.num_examples,
+                    "kl_calibration": energy,
+                    "kl": self._objective(self.validation[name], pairs).energy(plan),
+                    "removed_blocks": list(plan.decode.removed_blocks),
+                    "merged_blocks": [list(pair) for pair in plan.decode.merged_blocks],
+                    **cost,
+                }
+            )
+        write_artefact(self.path, self.rows)
+        write_artefact(self.folder / "table.md", table(self.rows))
 
     def _pairs(self, text: Text, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
         folder = self.folder / text.name
@@ -166,63 +183,18 @@ class Study:
         pairs.save_pretrained(folder)
         return pairs
 
-    def _objective(self, text: Text, pairs: MergedPairs, guess: bool) -> Objective:
+    def _objective(self, text: Text, pairs: MergedPairs) -> Objective:
         subject = text.calibration.digest + pairs.digest
         journal = SearchJournal(self.folder / "journals" / f"{subject}.jsonl", subject)
-        return Objective(
-            self.model,
-            text.calibration,
-            4 << 30,
-            journal,
-            SearchConfig().search_confidence if guess else None,
-            None,
-            pairs,
-        )
-
-    def _add(
-        self,
-        text: Text,
-        strategy: str,
-        seed: int | None,
-        count: int,
-        plan: PruningPlan,
-        energy: float,
-        cost: dict[str, Any],
-        pairs: MergedPairs,
-    ) -> None:
-        """Adds a row for each validation text and writes everything."""
-        for named in self.args.validation:
-            name = named.partition("=")[0]
-            if name not in self.validation:
-                self.validation[name] = Text(
-                    self.args, self.model, self.tokenizer, named, self.args.validation_examples
-                )
-            self.rows.append(
-                {
-                    "strategy": strategy,
-                    "seed": seed,
-                    "num_blocks": count,
-                    "calibration": text.name,
-                    "validation": name,
-                    "calibration_examples": text.calibration.num_examples,
-                    "kl_calibration": energy,
-                    "kl": self._objective(self.validation[name], pairs, guess=False).energy(plan),
-                    "removed_blocks": list(plan.decode.removed_blocks),
-                    "merged_blocks": [list(pair) for pair in plan.decode.merged_blocks],
-                    "dense_forward_block_tokens": self._objective(text, pairs, guess=False).dense_block_tokens,
-                    **cost,
-                }
-            )
-        write_artefact(self.path, self.rows)
-        write_artefact(self.folder / "table.md", table(self.rows))
+        return Objective(self.model, text.calibration, 4 << 30, journal, merged_pairs=pairs)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """A line for each calibration text, number of blocks and strategy: means over seeds, and their spread."""
     names = list(dict.fromkeys(row["validation"] for row in rows))
     lines = [
-        f"| calibration | blocks | strategy | KL, calibration | {' | '.join(f'KL, {name}' for name in names)} | spread "
-        "| overlap of sets | cost / dense forwards | of plain greedy | missing blocks (first seed) |",
+        f"| calibration | blocks | strategy | KL, calibration | {' | '.join(f'KL, {name}' for name in names)} "
+        "| spread | overlap of sets | cost / dense forwards | of plain greedy | missing blocks (first seed) |",
         "|---|---|---|" + "---|" * (len(names) + 5),
     ]
     keys = dict.fromkeys((row["calibration"], row["num_blocks"], row["strategy"]) for row in rows)
@@ -233,7 +205,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         kls = [row["kl"] for row in first]
         cost = stats.mean(row["block_tokens"] / row["dense_forward_block_tokens"] for row in first)
         plain = [
-            row["block_tokens"] / row["plain_greedy_block_tokens"] for row in first if "seconds_of_all_counts" in row
+            row["block_tokens"] / row["plain_greedy_block_tokens"]
+            for row in first
+            if "plain_greedy_block_tokens" in row
         ]
         best = first[0]
         missing = ", ".join(map(str, best["removed_blocks"]))

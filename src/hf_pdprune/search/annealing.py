@@ -75,7 +75,7 @@ class AnnealingSearch:
             bar_format="{l_bar}{bar}| {n:.1f}/{total} dense forwards [{elapsed}<{remaining}{postfix}]",
             disable=not PartialState().is_main_process,
         ) as progress:
-            while (spent := cost.total - begun) < budget and free_draws < _FREE_DRAWS:
+            while budget > 0 and (spent := cost.total - begun) < budget and free_draws < _FREE_DRAWS:
                 temperature = scale * self._temperature(spent / budget)
                 candidate = self.moves(current, self.rng)
                 # Metropolis: accept where u < exp((energy - candidate's) / temperature), u drawn beforehand.

@@ -1,4 +1,4 @@
-"""IncrementalForward: the disaggregated forward of a plan, from the first block on in which it differs from another."""
+"""IncrementalForward: the disaggregated forward of a plan, from where it differs from another plan on."""
 
 import logging
 import math

@@ -25,7 +25,7 @@ from .search_journal import SearchJournal
 logger = logging.getLogger(__name__)
 
 # Batches on which a plan is measured at least before the others are guessed from them.
-_FEWEST_SAMPLED = 3
+_FEWEST_SAMPLED = 4
 
 
 @dataclass
@@ -54,7 +54,7 @@ class SearchCost:
 class Objective:
     """
     The energy of a plan: mean KL(dense || disaggregated forward) per completion token, as
-    [`~inference.disaggregated_forward`] computes it. Every energy that is returned is exact; these savings are too:
+    [`~inference.disaggregated_forward`] computes it. All savings are exact:
 
     - Of a reference plan (see [`Objective.accept`]) the hidden states before every block and the prompt's KV entries
       are kept, for each batch. Another plan is computed from the first block on in which its prefill, or its decode,
@@ -62,14 +62,7 @@ class Objective:
     - A plan is measured on a batch once.
     - KL is never negative, so a plan is given up as soon as its sum over batches passes the limit.
 
-    Two more are not exact:
-
-    - `confidence`: what a plan's energy will be is guessed from the batches that it has been measured on, and the plan
-      given up where even the guess less so many standard errors passes the limit. The guess is the reference's energy
-      plus the mean difference on these batches: two plans' losses go up and down together, so their difference is
-      known after a few batches where the losses themselves are not. A plan may so be given up wrongly, and never be
-      accepted wrongly.
-    - [`Objective.on_part`]: for a while, energies are those of the most telling batches alone.
+    What is not exact happens within [`Objective.estimating`] alone.
 
     Memory beyond the weights and the calibration: `state_nbytes` for the reference plan, and as much again for the
     candidate; see [`IncrementalForward`] for the bound.
@@ -82,8 +75,6 @@ class Objective:
         calibration ([`Calibration`]): The examples.
         hidden_cache_bytes (`int`, defaults to 4 GiB): Bound for hidden states and KV entries in this process.
         journal ([`SearchJournal`], *optional*): Where energies are written, and known ones come from.
-        confidence (`float`, *optional*): Standard errors, of the difference from the reference, at which a plan is
-            given up. Default: never by a guess.
         hidden_cache_dtype (`torch.dtype`, *optional*): See [`IncrementalForward`].
         merged_pairs ([`MergedPairs`], *optional*): What merged blocks do.
     """
@@ -94,7 +85,6 @@ class Objective:
         calibration: Calibration,
         hidden_cache_bytes: int = 4 << 30,
         journal: SearchJournal | None = None,
-        confidence: float | None = None,
         hidden_cache_dtype: torch.dtype | None = None,
         merged_pairs: MergedPairs | None = None,
     ):
@@ -102,7 +92,6 @@ class Objective:
         self.calibration = calibration
         self.dense_plan = PruningPlan.empty(model)
         self.journal = SearchJournal(None, calibration.digest) if journal is None else journal
-        self.confidence = confidence
         self.cost = SearchCost()
         self.forward = IncrementalForward(model, calibration, hidden_cache_bytes, hidden_cache_dtype, merged_pairs)
         self.total_blocks = self.forward.total_blocks
@@ -119,6 +108,7 @@ class Objective:
         self._counts = self._per_round([calibration[index].num_completion_tokens for index in range(len(batches))])
         self._rounds = calibration.num_rounds
         self._num_tokens = calibration.num_completion_tokens
+        self._confidence: float | None = None
         # By plan digest, the KL sum of each batch so far. The dense plan's are known.
         self._sums: dict[str, list[float]] = {self.dense_plan.digest: [0.0] * calibration.num_rounds}
 
@@ -151,8 +141,8 @@ class Objective:
         Args:
             plans (`Sequence[PruningPlan]`): At least one. Among equals the first wins.
             on_progress (`Callable`, *optional*): Called with 0 after every batch, as the `update` of a progress bar.
-            expected (`Sequence[float]`, *optional*): For each plan an energy that it is not expected to be below. It is
-                not measured as long as others are.
+            expected (`Sequence[float]`, *optional*): For each plan an energy that it is not expected to be below. As
+                long as others may be below that, it is not measured.
         """
 
         def bound(index: int) -> float:
@@ -172,17 +162,29 @@ class Objective:
                 on_progress(0)
 
     def is_known(self, plan: PruningPlan) -> bool:
-        """Whether the plan has been measured on all batches (of the part, within [`on_part`])."""
+        """Whether the plan has been measured on all batches (of the part, within [`estimating`])."""
         return len(self._sums.get(plan.digest, ())) >= self._rounds
 
     @contextmanager
-    def on_part(self, share: float) -> Iterator[None]:
+    def estimating(self, share: float, confidence: float | None) -> Iterator[None]:
         """
-        Within this context energies are means over the first batches, which tell most for what they cost, up to this
-        `share` of the completion tokens. What is measured counts afterwards, when the others are measured too.
+        Within this context energies are means over the first batches, which tell most for what they cost, and plans
+        are given up by a guess of what their energy will be. A plan may so be given up wrongly; an energy that is
+        returned is always that of all batches of the part. What is measured counts afterwards, when the other batches
+        are measured too.
+
+        The guess is the reference's energy plus the mean difference on the batches that a plan has been measured on:
+        two plans' losses go up and down together, so their difference is known after a few batches where the losses
+        themselves are not.
+
+        Args:
+            share (`float`): Share of the completion tokens up to which batches are taken.
+            confidence (`float`, *optional*): A plan is given up where even the guess less so many standard errors
+                passes the limit. `None`: only where it is certain.
         """
-        before = self._rounds, self._num_tokens
+        before = self._rounds, self._num_tokens, self._confidence
         wanted, self._rounds, self._num_tokens = share * self.calibration.num_completion_tokens, 0, 0
+        self._confidence = confidence
         for count in self._counts:
             if self._num_tokens >= wanted:
                 break
@@ -190,7 +192,7 @@ class Objective:
         try:
             yield
         finally:
-            self._rounds, self._num_tokens = before
+            self._rounds, self._num_tokens, self._confidence = before
 
     def is_above(self, plan: PruningPlan, limit: float) -> bool:
         """Whether the plan is given up at this `limit` by what is known of it so far."""
@@ -223,13 +225,13 @@ class Objective:
         return self.forward.state_nbytes
 
     def lower_bound(self, plan: PruningPlan) -> float:
-        """The energy where all batches are measured, and else what it is at least (or `confidence` makes of it)."""
+        """The energy where all batches are measured, and else what it is at least (or `confidence` says)."""
         sums, total = self._sums.get(plan.digest, [])[: self._rounds], self._num_tokens
         certain = math.fsum(sums) / total
         known = self._sums.get("" if self._reference is None else self._reference.digest, [])[: self._rounds]
         sampled = len(sums)
         enough = len(known) == self._rounds and _FEWEST_SAMPLED <= sampled < self._rounds
-        if self.confidence is None or not enough or math.isinf(certain):
+        if self._confidence is None or not enough or math.isinf(certain):
             return certain
         # Ratio estimator of the difference per token, with the correction for a finite number of batches.
         counts = self._counts[:sampled]
@@ -238,7 +240,7 @@ class Objective:
         squares = math.fsum((d - mean * count) ** 2 for d, count in zip(differences, counts, strict=True))
         left = 1 - math.fsum(counts) / total
         error = math.sqrt(left * squares * sampled / (sampled - 1)) / math.fsum(counts)
-        return max(certain, math.fsum(known) / total + mean - self.confidence * error)
+        return max(certain, math.fsum(known) / total + mean - self._confidence * error)
 
     def plain_block_tokens(self, plan: PruningPlan) -> int:
         """Block forwards x tokens of `plan` on all batches, from block 0 to the end."""

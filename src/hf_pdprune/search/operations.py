@@ -103,13 +103,16 @@ class Operations:
         return replace(plan, **dict(zip(("prefill", "decode"), map(_stage_plan, stages), strict=True)))
 
     def additions(self, plan: PruningPlan, both_stages: bool) -> list[PruningPlan]:
-        """Plans with one more block gone, from both stages or from decode alone."""
+        """
+        Plans with one more block gone, from both stages or from decode alone: merged where it can be, which is nearly
+        always better, and else removed.
+        """
         prefill, decode = missing_of(plan.prefill), missing_of(plan.decode)
         found = []
         for block in self.blocks:
             if block in decode:
                 continue
-            for way in self.ways(block, decode):
+            for way in list(self.ways(block, decode))[:1]:
                 added = self.plan(plan, prefill | {block: way} if both_stages else prefill, decode | {block: way})
                 found += [] if added is None else [added]
         return found

@@ -39,7 +39,7 @@ class ParetoPoint:
         return len(self.plan.decode.missing_blocks)
 
     def is_beaten_by(self, other: "ParetoPoint") -> bool:
-        """Whether `other` loses no more and does without as many blocks in each stage, and is better in one of these."""
+        """Whether `other` is as good in loss and in the blocks of each stage, and better in one of these."""
         own = (self.num_prefill_blocks, self.num_decode_blocks, -self.kl)
         others = (other.num_prefill_blocks, other.num_decode_blocks, -other.kl)
         return own != others and all(theirs >= mine for theirs, mine in zip(others, own, strict=True))

@@ -50,7 +50,7 @@ class SearchConfig:
         > How they are chosen
 
         strategy (`str`, *optional*, defaults to `"annealing"`):
-            `"annealing"` (one block after the other, and annealing after each), `"greedy"` (SLEB: one block after the
+            `"annealing"` (greedy, and annealing after each block), `"greedy"` (SLEB: one block after the
             other), `"one_shot"` (ShortGPT: the most redundant ones), `"contiguous"` (the best run of neighbours),
             `"end_group"` (Shortened LLaMA: the last ones) or `"random"`.
         search_seed (`int`, *optional*, defaults to `0`):
@@ -60,9 +60,10 @@ class SearchConfig:
             candidate, on all examples and from block 0 to the end).
         num_restarts (`int`, *optional*, defaults to `1`):
             Annealings from the same start, each with its own seed, among which what annealing may spend is divided.
-        search_confidence (`float`, *optional*, defaults to `2.0`):
-            A candidate is given up before it has been measured on all examples where its loss, guessed from those
-            measured so far, is so many standard errors above what could be accepted. `0`: only where that is certain.
+        search_confidence (`float`, *optional*, defaults to `3.0`):
+            Annealing gives a candidate up before it has been measured on all examples where its loss, guessed from
+            those measured so far, is so many standard errors above what could be accepted. `0`: only where that is
+            certain.
         search_share (`float`, *optional*, defaults to `0.9`):
             Annealing measures candidates on the examples that tell most for what they cost, up to this share of the
             completion tokens, and only what it finds on all of them.
@@ -134,7 +135,7 @@ class SearchConfig:
         default=1, metadata={"help": "Annealings from the same start, each with its own seed, that share the budget."}
     )
     search_confidence: float = field(
-        default=2.0,
+        default=3.0,
         metadata={
             "help": "Standard errors at which a candidate is given up before it is measured on all examples. 0: only "
             "where it is certain to lose."

@@ -14,7 +14,8 @@ class SearchJournal:
     """
     A file of lines, one for every batch on which a plan was measured, flushed one by one. The first line says of what
     model and calibration they are. A search that is started again with the same journal is the same search: it draws
-    the same random numbers, takes known energies from the journal instead of computing them, and so arrives where it was interrupted, with its random generator in the state in which it was.
+    the same random numbers, takes known energies from the journal instead of computing them, and so arrives where it
+    was interrupted, with its random generator in the state in which it was.
 
     Args:
         path (`str` or `os.PathLike`, *optional*): The file. Without one nothing is written.

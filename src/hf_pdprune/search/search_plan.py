@@ -199,8 +199,6 @@ def _objective(
         calibration,
         int(config.hidden_cache_gb * 1e9),
         SearchJournal(path, subject, write=PartialState().is_main_process),
-        # Only annealing goes by guesses: the baselines are what they are elsewhere.
-        (config.search_confidence or None) if config.strategy == "annealing" else None,
         cache_dtype,
         merged_pairs,
     )
