@@ -96,7 +96,7 @@ def test_targets_instead_of_counts(setup, tmp_path):
     bound = (front["points"][1]["kl"] + front["points"][2]["kl"]) / 2
     within = search_plan(*setup, config(max_kl=bound, **options))
     assert within.provenance["objective"]["blocks"] <= bound and len(within.prefill.missing_blocks) == 1
-    with pytest.raises(ValueError, match="max_kl 1e-09 cannot be met: the best plan with one block less has KL 0.0"):
+    with pytest.raises(ValueError, match="max_kl 1e-09 cannot be met: the best plan with one block less has KL 0.1"):
         search_plan(*setup, config(max_kl=1e-9, **options))
     with pytest.raises(ValueError, match=r"take 2 blocks from prefill and 2 from decode; within max_kl .* only 1"):
         search_plan(*setup, config(max_kl=bound, target_ttft_speedup=1.3, **options))
@@ -110,17 +110,22 @@ def test_merged_pairs_are_distilled_once_and_resumed(setup, tmp_path, monkeypatc
     assert outcome(search_plan(*setup, options, tmp_path)) == outcome(plan)
 
 
-def test_options_reach_the_search(setup):
-    def spent(**options):
-        return search_plan(*setup, config(num_token_aware_blocks=None, **options)).provenance["cost"]["blocks"]
+def test_options_reach_the_search(setup, calibration):
+    model, _, statistics = setup
+    data = calibration(model, count=24, completion_tokens=(8, 10), prompt_tokens=(6, 9))
 
-    usual = spent()
-    assert spent(annealing_share=0.6)["block_tokens"] > usual["block_tokens"]
-    assert spent(search_share=0.3)["block_tokens"] < usual["block_tokens"]
-    assert spent(search_confidence=0.0)["block_tokens"] > spent(search_confidence=0.01)["block_tokens"]
-    rounded = search_plan(*setup, config(hidden_cache_dtype="bfloat16")).provenance["objective"]
-    exact = search_plan(*setup, config()).provenance["objective"]
-    assert rounded["blocks"] != exact["blocks"] == pytest.approx(rounded["blocks"], rel=0.1)
+    def spent(**options):
+        options = {"num_prefill_blocks": 2, "num_decode_blocks": 2, "num_token_aware_blocks": None} | options
+        plan = search_plan(model, data, statistics, config(**options))
+        return plan.provenance["cost"]["blocks"], plan.provenance["objective"]["result"]
+
+    usual, _ = spent(search_confidence=0.0)
+    assert spent(search_confidence=0.0, annealing_share=0.4)[0]["block_tokens"] > usual["block_tokens"]
+    # For the same budget more candidates are looked at.
+    assert spent(search_confidence=0.2)[0]["evaluations"] > usual["evaluations"]
+    assert spent(search_confidence=0.0, search_share=0.3)[0]["evaluations"] > usual["evaluations"]
+    exact, rounded = (spent(strategy="greedy", hidden_cache_dtype=dtype)[1] for dtype in (None, "bfloat16"))
+    assert rounded != exact == pytest.approx(rounded, rel=0.1)
 
 
 def test_nothing_to_remove_gives_the_empty_plan(setup):

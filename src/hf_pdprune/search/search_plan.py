@@ -158,7 +158,7 @@ def _choose_blocks(
     if not steps and search.refused:
         raise ValueError(
             f"max_kl {config.max_kl} cannot be met: the best plan with one block less has KL "
-            f"{search.refused[-1].energy:.4f}"
+            f"{min(step.energy for step in search.refused):.4f}"
         )
     return steps[-1].plan if steps else objective.dense_plan, steps
 
