@@ -210,8 +210,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             if "plain_greedy_block_tokens" in row
         ]
         best = first[0]
-        missing = ", ".join(map(str, best["removed_blocks"]))
-        missing += "".join(f", {absorbed} into {kept}" for kept, absorbed in best["merged_blocks"])
+        merged = (f"{absorbed} into {kept}" for kept, absorbed in best["merged_blocks"])
+        missing = ", ".join([*map(str, best["removed_blocks"]), *merged])
         lines.append(
             f"| {key[0]} | {key[1]} | {key[2]} | {stats.mean(row['kl_calibration'] for row in first):.4f} | "
             + " | ".join(f"{mean:.4f}" for mean in means)
