@@ -89,6 +89,23 @@ def test_what_was_saved_is_read(tiny_llama, tiny_model, pairs, tmp_path):
         MergedPairs.from_pretrained(tmp_path, tiny_llama)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "qwen3"])
+def test_other_architectures_merge_too(tiny_model, calibration, name):
+    model = tiny_model(name)
+    data = calibration(model)
+    pairs = MergedPairs.distil(model, list(data.batches), (3,), rank=8)
+    objective = Objective(model, data, merged_pairs=pairs)
+    plan = Operations((3,), pairs.pairs).plan(objective.dense_plan, {3: 2}, {3: 2})
+    assert 0 < objective.energy(plan) != objective.energy(with_removed(objective.dense_plan, (3,), (3,)))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo2", "mixtral"])
+def test_a_block_that_does_not_add_its_last_layer_is_refused(tiny_model, calibration, name):
+    model = tiny_model(name)
+    with pytest.raises(ValueError, match="so pairs cannot be merged"):
+        MergedPairs.distil(model, list(calibration(model).batches), (3,), rank=8)
+
+
 def test_bad_input_is_named(tiny_model, data):
     broken = tiny_model("llama")
     broken.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))

@@ -123,6 +123,7 @@ class MergedPairs:
         for block, layer in layers.items():
             if layer is None:
                 raise ValueError(f"block {block - 1} has no linear layer, so it cannot absorb block {block}")
+        _check_last_layer(model, todo[0] - 1, layers[todo[0]], next(iter(batches)))
         size = max(_in_features(layer) for layer in layers.values())
         group = max(1, memory_bytes // (2 * 4 * size * size))
         groups = [todo[begin : begin + group] for begin in range(0, len(todo), group)]
@@ -281,7 +282,7 @@ class _PairSums:
             if not bool(torch.isfinite(outputs).all()):
                 raise ValueError(f"block {block}: its hidden states hold NaN or infinity (a dtype too narrow for it?)")
             weight = 1 / outputs.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-            features = self._features.pop(block)[mask].float()
+            features = self._features.pop(block).reshape(*mask.shape, -1)[mask].float()  # some blocks flatten
             sums = Sums.of(features * weight, (outputs - inputs) * weight)
             there = self._sums.get((block, half))
             self._sums[block, half] = sums if there is None else there + sums
@@ -304,6 +305,29 @@ def last_linear(block: nn.Module) -> nn.Module | None:
         inner = {id(m) for layer in adapter_layers(block).values() for m in layer.modules()}
         layers = [m for m in layers if id(m) not in inner or any(m is base for base in adapters)]
     return layers[-1] if layers else None
+
+
+def _check_last_layer(model: nn.Module, block: int, layer: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raises a `ValueError` unless what is added to the layer's output comes out of the block, on a few tokens."""
+    ids, outputs = tensors["prompt_ids"][:1, -8:], []
+
+    def record(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.1 * outputs[0].std() if output.numel() == outputs[0].numel() else output
+
+    with ExitStack() as hooks, evaluating(model), active_adapter(model, None):
+        hooks.callback(get_blocks(model)[block].register_forward_hook(record).remove)
+        model(input_ids=ids, use_cache=False)
+        hooks.callback(layer.register_forward_hook(add).remove)
+        model(input_ids=ids, use_cache=False)
+    added = 0.1 * outputs[0].std()
+    if not torch.allclose(outputs[1] - outputs[0], added.expand_as(outputs[0]), rtol=1e-2):
+        raise ValueError(
+            f"the last linear layer of {type(model).__name__}'s blocks does not write into the hidden states as it is "
+            "(a norm comes between, or experts), so pairs cannot be merged: merge_pairs has to be false"
+        )
 
 
 def _in_features(layer: nn.Module) -> int:
