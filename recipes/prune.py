@@ -39,7 +39,9 @@ from hf_pdprune.evaluation import (
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.plan import PLAN_FILE_NAME
-from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
+from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
+from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
+from hf_pdprune.search.pareto_front import FRONT_FILE_NAMES
 from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer, last_complete_checkpoint
 
@@ -109,7 +111,14 @@ class PruneArguments:
 
 # What each step leaves in output_dir, in the order of the steps.
 FILES_OF_STEP = {
-    "plan": ("block_statistics.json", PLAN_FILE_NAME, JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME),
+    "plan": (
+        "block_statistics.json",
+        PLAN_FILE_NAME,
+        JOURNAL_FILE_NAME,
+        KV_JOURNAL_FILE_NAME,
+        MERGED_PAIRS_FILE_NAME,
+        *FRONT_FILE_NAMES,
+    ),
     "stages": ("checkpoints", "prefill", "decode", "distillation.json"),
     "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
 }
@@ -230,6 +239,9 @@ def train(
     """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint of `settings`."""
     folder = Path(training_args.output_dir)
     checkpoints = folder / "checkpoints" / f"{zlib.crc32(json.dumps([plan.digest, settings]).encode()):08x}"
+    merged_pairs = None
+    if (folder / MERGED_PAIRS_FILE_NAME).is_file():
+        merged_pairs = MergedPairs.from_pretrained(folder, model)
     trainer = PDPruneTrainer(
         model,
         plan,
@@ -237,6 +249,9 @@ def train(
         train_dataset=load_text(args.train_dataset, args.train_split, subset=args.train_subset),
         processing_class=tokenizer,
     )
+    if merged_pairs is not None:  # a resumed training loads what it had made of them
+        for stage in ("prefill", "decode"):
+            merged_pairs.start_adapter(trainer.model, stage, plan.stage(stage).merged_blocks)
     begun = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     seconds = time.perf_counter() - begun

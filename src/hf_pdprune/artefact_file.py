@@ -8,11 +8,11 @@ from typing import Any
 
 def write_artefact(path: str | os.PathLike, content: Any) -> Path:
     """
-    Writes a text, or anything else as JSON, to a file; what was there before stays there until all is written.
+    Writes a text, bytes, or anything else as JSON, to a file; what was there before stays there until all is written.
 
     Args:
         path (`str` or `os.PathLike`): The file. Its folder is made if need be.
-        content (`str` or what JSON holds): The content.
+        content (`str`, `bytes` or what JSON holds): The content.
 
     Returns:
         `Path`: The file.
@@ -22,11 +22,13 @@ def write_artefact(path: str | os.PathLike, content: Any) -> Path:
         `OSError`: If it cannot be written.
     """
     path = Path(path)
-    text = content if isinstance(content, str) else json.dumps(content, indent=2, allow_nan=False) + "\n"
+    if not isinstance(content, (str, bytes)):
+        content = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    content = content.encode() if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

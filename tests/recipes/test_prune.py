@@ -43,6 +43,8 @@ def options(tiny_llama, tiny_tokenizer, tmp_path):
         "output_dir": str(tmp_path / "run"),
         "num_prefill_blocks": 1,
         "num_decode_blocks": 2,
+        "merge_pairs": True,
+        "merge_rank": 4,
         "num_token_aware_blocks": 2,
         "distillation_threshold": -1.0,
         "first_tokens": 2,
@@ -96,7 +98,15 @@ def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, ca
     assert {"ttft_ratio", "tpot_ratio", "prefill_share_removed", "decode_share_removed"} <= set(results["speed"])
     assert {"prompt_tokens", "bytes_dense", "bytes_sent", "ratio"} <= set(results["kv"])
     assert results["handover"]["nbytes"] > 0
-    for name in ("block_statistics.json", "report.md", "pruning_plan.png", "decode/README.md"):
+    assert plan.decode.merged_blocks
+    for name in (
+        "block_statistics.json",
+        "merged_pairs.safetensors",
+        "pareto_front.png",
+        "report.md",
+        "pruning_plan.png",
+        "decode/README.md",
+    ):
         assert (folder / name).is_file(), name
     assert AutoModelForCausalLM.from_pretrained(folder / "decode").config.num_hidden_layers == 4
     assert "KL to dense" in capsys.readouterr().out

@@ -3,7 +3,8 @@ from itertools import combinations
 import pytest
 
 from hf_pdprune.search import AnnealingSearch, Objective, SearchJournal
-from hf_pdprune.search.moves import Moves, with_removed
+from hf_pdprune.search.moves import Moves
+from hf_pdprune.search.operations import Operations, with_removed
 
 
 class Interrupted(Exception):
@@ -11,7 +12,7 @@ class Interrupted(Exception):
 
 
 def search(objective, seed="0"):
-    return AnnealingSearch(objective, Moves(range(1, 7)), seed, 0.2, 0.01, "test")
+    return AnnealingSearch(objective, Moves(Operations(range(1, 7))), seed, 0.2, 0.01, "test")
 
 
 def test_it_never_ends_worse_than_it_began_and_finds_the_best_of_a_small_space(tiny_model, calibration):
@@ -40,7 +41,7 @@ def test_a_resumed_search_equals_an_uninterrupted_one(tiny_model, calibration, t
         annealing = search(objective, seed="7")
         best = annealing.run(start, budget=4 * objective.dense_block_tokens)
         assert annealing.num_accepted > 0
-        return best, objective.cost.block_tokens, annealing.num_steps, annealing.num_accepted, annealing.rng.getstate()
+        return best, objective.cost, annealing.num_steps, annealing.num_accepted, annealing.rng.getstate()
 
     expected = run(None)
     path, add, written = tmp_path / "journal.jsonl", SearchJournal.add, []

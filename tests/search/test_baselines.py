@@ -1,8 +1,8 @@
 import pytest
 
 from hf_pdprune.search import Objective, SearchConfig
-from hf_pdprune.search.baselines import contiguous_group, end_group, greedy, one_shot, random_blocks
-from hf_pdprune.search.moves import with_removed
+from hf_pdprune.search.baselines import contiguous_group, end_group, one_shot, random_blocks
+from hf_pdprune.search.operations import with_removed
 
 
 REMOVABLE = (5, 2, 3, 6, 1, 4)  # of eight blocks, the most redundant first
@@ -12,33 +12,6 @@ REMOVABLE = (5, 2, 3, 6, 1, 4)  # of eight blocks, the most redundant first
 def objective(tiny_model, calibration):
     model = tiny_model("llama", num_hidden_layers=8)
     return Objective(model, calibration(model))
-
-
-def plain_greedy(objective, removable, config):
-    """SLEB without any saving."""
-    prefill, decode = [], []
-    while len(decode) < config.num_decode_blocks:
-        both = len(prefill) < config.num_prefill_blocks
-        plans = {}
-        for block in removable:
-            if block not in decode:
-                plans[block] = with_removed(
-                    objective.dense_plan, [*prefill, block] if both else prefill, [*decode, block]
-                )
-        best = min(plans, key=lambda block: objective.energy(plans[block]))
-        decode.append(best)
-        prefill += [best] if both else []
-    return with_removed(objective.dense_plan, prefill, decode)
-
-
-@pytest.mark.parametrize("counts", [(0, 2), (2, 2), (2, 4)])
-def test_greedy_is_sleb_at_less_cost(objective, counts):
-    plain = Objective(objective.model, objective.calibration, hidden_cache_bytes=0)
-    config = SearchConfig(*counts)
-    assert greedy(objective, REMOVABLE, config) == plain_greedy(plain, REMOVABLE, config)
-    assert objective.cost.evaluations == plain.cost.evaluations
-    assert objective.cost.plain_block_tokens == plain.cost.block_tokens
-    assert objective.cost.block_tokens + objective.cost.reference_block_tokens < plain.cost.block_tokens
 
 
 def test_one_shot_and_end_group_take_what_they_say(objective):

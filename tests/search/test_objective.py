@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 from hf_pdprune.search.objective import Objective
+from hf_pdprune.search.operations import with_removed
 
 
 @torch.no_grad()
@@ -65,10 +66,12 @@ def test_a_decode_only_change_does_not_run_prefill(tiny_llama, calibration):
     assert objective.cost.reference_block_tokens == 0  # the reference's states were kept when it was evaluated
 
 
-def test_the_dense_plan_has_no_energy(tiny_model, architecture, calibration):
+def test_a_plan_that_changes_nothing_has_no_energy(tiny_model, architecture, calibration):
     model = tiny_model(architecture)
     objective = Objective(model, calibration(model))
-    assert 0 <= objective.energy(objective.dense_plan) < 1e-5
+    assert objective.energy(objective.dense_plan) == 0 and objective.cost.total == 0
+    everything = replace(objective.dense_plan, kv=KVPlan((1,), 64, 1))
+    assert 0 <= objective.energy(everything) < 1e-5 and objective.cost.total > 0
 
 
 def test_bad_plans_are_rejected_early_and_never_measured_twice(tiny_llama, calibration):
@@ -96,19 +99,78 @@ def test_the_best_of_many_plans_is_exact_and_cheaper_than_measuring_all(tiny_lla
     assert objective.cost.block_tokens < complete.cost.block_tokens
 
 
+def test_guesses_give_up_earlier_and_never_change_an_energy(tiny_llama, calibration):
+    data = calibration(tiny_llama, count=32)
+    exact = Objective(tiny_llama, data)
+    plans = [with_removed(exact.dense_plan, (), (block,)) for block in range(1, 5)]
+    energies = [exact.energy(plan) for plan in plans]
+    reference = plans[energies.index(min(energies))]
+    costs = {}
+    for confidence in (None, 1.0):
+        objective = Objective(tiny_llama, data)
+        assert objective.energy(reference) == min(energies)
+        objective.accept(reference)
+        before = objective.cost.total
+        with objective.estimating(1.0, confidence):
+            for plan, energy in zip(plans, energies, strict=True):
+                # What is given up is above the limit or, by a guess, thought to be; what is returned is exact.
+                assert objective.energy(plan, limit=1.05 * min(energies)) in (energy, math.inf)
+        costs[confidence] = objective.cost.total - before
+    assert costs[1.0] < costs[None]
+
+
+def test_a_part_is_measured_first_and_counts_afterwards(tiny_llama, calibration):
+    data = calibration(tiny_llama, count=32)
+    objective, complete = Objective(tiny_llama, data), Objective(tiny_llama, data)
+    plan = with_removed(objective.dense_plan, (2,), (2, 3))
+    with objective.estimating(0.5, None):
+        part = objective.energy(plan)
+        assert objective.is_known(plan)
+        measured = objective.cost.block_tokens
+    assert not objective.is_known(plan)
+    assert objective.energy(plan) == complete.energy(plan) != part
+    assert measured < 0.7 * objective.cost.block_tokens and objective.cost == complete.cost
+
+
+def test_what_is_expected_to_cost_much_is_not_measured(tiny_llama, calibration):
+    data = calibration(tiny_llama)
+    complete = Objective(tiny_llama, data)
+    plans = [with_removed(complete.dense_plan, (), (block,)) for block in range(1, 5)]
+    energies = [complete.energy(plan) for plan in plans]
+    objective = Objective(tiny_llama, data)
+    expected = [energy if energy == min(energies) else 100.0 for energy in energies]
+    assert objective.best_of(plans, expected=expected) == (plans[energies.index(min(energies))], min(energies))
+    assert objective.cost.evaluations == 1
+    # An expectation that is too low costs time and changes nothing.
+    assert Objective(tiny_llama, data).best_of(plans, expected=[0.0] * 4)[1] == min(energies)
+
+
+def test_narrower_states_round_and_take_less_memory(tiny_llama, calibration):
+    data = calibration(tiny_llama)
+    exact, narrow = Objective(tiny_llama, data), Objective(tiny_llama, data, hidden_cache_dtype=torch.bfloat16)
+    assert 2 * narrow.state_nbytes == exact.state_nbytes
+    first, second = (with_removed(exact.dense_plan, blocks, blocks) for blocks in ((4,), (3, 4)))
+    energies = []
+    for objective in (exact, narrow):
+        objective.energy(first)
+        objective.accept(first)
+        energies.append(objective.energy(second))
+    assert energies[0] != energies[1] == pytest.approx(energies[0], rel=0.05)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_less_memory_gives_the_same_energies(tiny_model, architecture, calibration, random_plan):
     model = tiny_model(architecture)
     data = calibration(model)
     full = Objective(model, data)
-    hidden, entries = full._state_sizes()
+    hidden, entries = full.forward.state_sizes
     rng = random.Random(2)
     plans = [random_plan(model, rng) for _ in range(6)]
     costs = []
     for positions in (5, 2, 1, 0):
         bound = 2 * (entries + positions * hidden) if positions else 0
         objective = Objective(model, data, hidden_cache_bytes=bound)
-        assert len(objective.recorded_blocks) == positions
+        assert len(objective.forward.recorded_blocks) == positions
         assert 2 * objective.state_nbytes <= bound
         for plan in plans:
             assert objective.energy(plan) == full.energy(plan)
@@ -120,8 +182,9 @@ def test_less_memory_gives_the_same_energies(tiny_model, architecture, calibrati
 def test_the_stated_memory_is_what_is_kept(tiny_model, architecture, calibration):
     model = tiny_model(architecture)
     objective = Objective(model, calibration(model, prompt_tokens=(5, 8)))  # within any sliding window
-    objective.energy(objective.dense_plan)
-    objective.accept(objective.dense_plan)
+    plan = replace(objective.dense_plan, kv=KVPlan((1,), 64, 1))  # all blocks run
+    objective.energy(plan)
+    objective.accept(plan)
     tensors = []
     for state in objective._states:
         tensors += [*state.prefill_inputs.values(), *state.decode_inputs.values()]

@@ -6,30 +6,30 @@ from hf_pdprune.search import SearchJournal
 def test_what_was_written_is_read(tmp_path):
     path = tmp_path / "new folder" / "journal.jsonl"
     journal = SearchJournal(path, "subject")
-    journal.add("plan", 0, 1 / 3, 10)
-    journal.add("plan", 1, float("inf"), 20)
+    journal.add("plan", 0, 1 / 3)
+    journal.add("plan", 1, float("inf"))
     again = SearchJournal(path, "subject")
-    assert again.get("plan", 0) == (1 / 3, 10) and again.get("plan", 1) == (float("inf"), 20)
+    assert again.get("plan", 0) == 1 / 3 and again.get("plan", 1) == float("inf")
     assert again.get("plan", 2) is None and again.get("other", 0) is None
 
 
 def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     path = tmp_path / "journal.jsonl"
     journal = SearchJournal(path, "subject")
-    journal.add("plan", 0, 0.5, 10)
+    journal.add("plan", 0, 0.5)
     whole = path.read_bytes()
-    journal.add("plan", 1, 0.25, 10)
+    journal.add("plan", 1, 0.25)
     path.write_bytes(path.read_bytes()[:-7])
     again = SearchJournal(path, "subject")
-    assert again.get("plan", 0) == (0.5, 10) and again.get("plan", 1) is None
+    assert again.get("plan", 0) == 0.5 and again.get("plan", 1) is None
     assert path.read_bytes() == whole
-    again.add("plan", 1, 0.125, 10)
-    assert SearchJournal(path, "subject").get("plan", 1) == (0.125, 10)
+    again.add("plan", 1, 0.125)
+    assert SearchJournal(path, "subject").get("plan", 1) == 0.125
 
 
 def test_another_search_is_refused(tmp_path):
     path = tmp_path / "journal.jsonl"
-    SearchJournal(path, "subject").add("plan", 0, 0.5, 10)
+    SearchJournal(path, "subject").add("plan", 0, 0.5)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="another model or calibration"):
         SearchJournal(path, "other subject")
@@ -40,6 +40,6 @@ def test_another_search_is_refused(tmp_path):
 
 
 def test_without_a_path_or_the_right_to_write_nothing_is_written(tmp_path):
-    SearchJournal(None, "subject").add("plan", 0, 0.5, 10)
-    SearchJournal(tmp_path / "journal.jsonl", "subject", write=False).add("plan", 0, 0.5, 10)
+    SearchJournal(None, "subject").add("plan", 0, 0.5)
+    SearchJournal(tmp_path / "journal.jsonl", "subject", write=False).add("plan", 0, 0.5)
     assert list(tmp_path.iterdir()) == []

@@ -67,7 +67,7 @@ class AnnealingSearch:
         current = best = start
         energy = best_energy = scale = objective.energy(start)
         objective.accept(start)
-        begun, free_draws = cost.block_tokens, 0
+        begun, free_draws = cost.total, 0
         with tqdm(
             total=round(budget / objective.dense_block_tokens, 1),
             desc=self.name,
@@ -75,7 +75,7 @@ class AnnealingSearch:
             bar_format="{l_bar}{bar}| {n:.1f}/{total} dense forwards [{elapsed}<{remaining}{postfix}]",
             disable=not PartialState().is_main_process,
         ) as progress:
-            while (spent := cost.block_tokens - begun) < budget and free_draws < _FREE_DRAWS:
+            while budget > 0 and (spent := cost.total - begun) < budget and free_draws < _FREE_DRAWS:
                 temperature = scale * self._temperature(spent / budget)
                 candidate = self.moves(current, self.rng)
                 # Metropolis: accept where u < exp((energy - candidate's) / temperature), u drawn beforehand.
@@ -87,7 +87,7 @@ class AnnealingSearch:
                 if energy < best_energy:
                     best, best_energy = current, energy
                 self.num_steps += 1
-                newly_spent = cost.block_tokens - begun - spent
+                newly_spent = cost.total - begun - spent
                 free_draws = 0 if newly_spent else free_draws + 1
                 progress.update(min(newly_spent / objective.dense_block_tokens, progress.total - progress.n))
                 progress.set_postfix(

@@ -3,12 +3,9 @@
 import random
 from collections.abc import Sequence
 
-from accelerate import PartialState
-from tqdm.auto import tqdm
-
 from ..plan import PruningPlan
-from .moves import with_removed
 from .objective import Objective
+from .operations import with_removed
 from .search_config import SearchConfig
 
 
@@ -52,46 +49,3 @@ def contiguous_group(objective: Objective, removable: Sequence[int], config: Sea
         objective.accept(plan)
         plan, _ = objective.best_of([with_removed(plan, prefill, group) for group in groups])
     return plan
-
-
-def greedy_prefill(objective: Objective, removable: Sequence[int], config: SearchConfig) -> PruningPlan:
-    """One block after the other, each time the one that costs least (SLEB, arXiv 2402.09025), out of both stages."""
-    plan = objective.dense_plan
-    with _progress("Greedy, prefill", config.num_prefill_blocks) as progress:
-        for _ in range(config.num_prefill_blocks):
-            objective.accept(plan)
-            removed = plan.prefill.removed_blocks
-            added = ((*removed, block) for block in removable if block not in removed)
-            plan, energy = objective.best_of([with_removed(plan, blocks, blocks) for blocks in added], progress.update)
-            progress.set_postfix(energy=f"{energy:.4f}", blocks=plan.prefill.removed_blocks)
-            progress.update()
-    return plan
-
-
-def greedy_decode(
-    objective: Objective, removable: Sequence[int], config: SearchConfig, plan: PruningPlan
-) -> PruningPlan:
-    """From `plan` on, one block after the other out of decode alone."""
-    missing = config.num_decode_blocks - len(plan.decode.removed_blocks)
-    with _progress("Greedy, decode", missing) as progress:
-        for _ in range(missing):
-            objective.accept(plan)
-            prefill, removed = plan.prefill.removed_blocks, plan.decode.removed_blocks
-            added = ((*removed, block) for block in removable if block not in removed)
-            plan, energy = objective.best_of(
-                [with_removed(plan, prefill, blocks) for blocks in added], progress.update
-            )
-            progress.set_postfix(energy=f"{energy:.4f}", blocks=plan.decode.removed_blocks)
-            progress.update()
-    return plan
-
-
-def greedy(objective: Objective, removable: Sequence[int], config: SearchConfig) -> PruningPlan:
-    """SLEB for each stage: prefill first, then decode as a superset."""
-    return greedy_decode(objective, removable, config, greedy_prefill(objective, removable, config))
-
-
-def _progress(name: str, total: int) -> tqdm:
-    # miniters=0: an update by nothing, after every batch, lets the clock of the bar go on.
-    disable = total == 0 or not PartialState().is_main_process
-    return tqdm(total=total, desc=name, unit="block", miniters=0, mininterval=1.0, disable=disable)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import math
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 # With fewer tokens the energies of two plans differ by chance more than by what the plans do.
 MIN_COMPLETION_TOKENS = 64
+# So many batches' worth of neighbours by prompt length are sorted once more by completion length, whichever of these
+# leaves least padding: for PIQA and MMLU in batches of 4 it falls from 10 to 6 %, in batches of 8 from 20 to 11 %.
+_WINDOWS = (1, 2, 4, 8)
 
 
 @dataclass
@@ -86,6 +90,11 @@ class CalibrationBatch:
     rest: Teacher
 
     @property
+    def num_completion_tokens(self) -> int:
+        """Completion tokens that have a label."""
+        return int((self.tensors["labels"] != -100).sum())
+
+    @property
     def rest_mask(self) -> torch.Tensor:
         """Which of the tokens that decode predicts have a label, shape `(batch_size, completion_tokens - 1)`."""
         return self.tensors["labels"][:, 1:] != -100
@@ -103,6 +112,9 @@ class Calibration:
     """
     The examples that a search measures on, in batches of about equal length, each with the dense model's
     distributions over the completion tokens, computed once. Where several processes run, each holds its share.
+
+    Batches that have many completion tokens for what they cost come first: they tell most about a plan, and a plan
+    that they rule out is never measured on the others.
 
     Memory: `nbytes`, mostly `vocab_size` numbers of `teacher_dtype` per completion token.
 
@@ -137,9 +149,7 @@ class Calibration:
         state = PartialState()
         self.device = model.get_input_embeddings().weight.device
         collator = PromptCompletionCollator(pad_token_id)
-        # Neighbours in this order are of about equal length, so that little is padding.
-        order = sorted(range(len(examples)), key=lambda index: (_lengths(examples[index]), index))
-        groups = [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+        groups = _group([_lengths(example) for example in examples], batch_size)
         self.num_rounds = math.ceil(len(groups) / state.num_processes)
         shard = [
             collator([examples[index] for index in group])
@@ -224,6 +234,31 @@ def _lengths(example: dict[str, Any]) -> tuple[int, int]:
     """Length of an example's prompt and of its completion."""
     completion = sum(label != -100 for label in example["labels"])
     return len(example["input_ids"]) - completion, completion
+
+
+def _group(lengths: Sequence[tuple[int, int]], batch_size: int) -> list[list[int]]:
+    """Batches of examples, given the lengths of their prompts and completions: little padding, most telling first."""
+
+    def batches(window: int) -> list[list[int]]:
+        # Neighbours by prompt length; within a window of these, by completion length.
+        order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+        for begin in range(0, len(order), window):
+            order[begin : begin + window] = sorted(order[begin : begin + window], key=lambda index: lengths[index][1])
+        return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+    def padded(groups: list[list[int]]) -> int:
+        return sum(len(g) * (max(lengths[i][0] for i in g) + max(lengths[i][1] for i in g)) for g in groups)
+
+    groups = min((batches(factor * batch_size) for factor in _WINDOWS), key=padded)
+    # Among batches that tell about as much (within a factor of two) chance decides, so that the first ones stand for
+    # all of them.
+    random.Random(len(lengths)).shuffle(groups)
+
+    def tells(group: list[int]) -> int:
+        prompt, completion = (sum(lengths[index][part] for index in group) for part in (0, 1))
+        return -math.floor(math.log2(completion / (prompt + completion)))
+
+    return sorted(groups, key=tells)
 
 
 def _check_examples(examples: Sequence[dict[str, Any]], model: nn.Module) -> None:

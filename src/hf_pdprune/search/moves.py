@@ -1,70 +1,42 @@
 """Moves: the neighbours of a plan, all of which keep the numbers of blocks and the subset rule."""
 
-import logging
 import random
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 
-from ..plan import PruningPlan, StagePlan
-from .block_statistics import BlockStatistics
-from .search_config import SearchConfig
+from ..plan import PruningPlan
+from .operations import Missing, Operations, missing_of
 
-
-logger = logging.getLogger(__name__)
 
 # Chance of each next block in the ranking, relative to the one before it, to be drawn for removal.
 _RANK_DECAY = 0.92
 # Share of moves that go to a block nearby: what can be removed lies in runs, and runs are improved at their ends.
 _LOCAL_SHARE = 0.4
-
-
-def with_removed(plan: PruningPlan, prefill: Collection[int], decode: Collection[int]) -> PruningPlan:
-    """`plan` with other removed blocks."""
-    return replace(plan, prefill=StagePlan(tuple(sorted(prefill))), decode=StagePlan(tuple(sorted(decode))))
-
-
-def removable_blocks(statistics: BlockStatistics, config: SearchConfig) -> tuple[int, ...]:
-    """
-    The pruning set: blocks that may be removed outright, the most redundant first. These are the unprotected ones at
-    least as redundant as the threshold; where they are fewer than `num_decode_blocks`, as many as that.
-    """
-    total = statistics.num_hidden_layers
-    config.check_model(total)
-    allowed = range(config.num_protected_first_blocks, total - config.num_protected_last_blocks)
-    ranked = [block for block in statistics.ranking if block in allowed]
-    redundancy = statistics.redundancy
-    pruning_set = tuple(block for block in ranked if redundancy[block] >= config.distillation_threshold)
-    if len(pruning_set) < config.num_decode_blocks:
-        logger.warning(
-            "only %d blocks are at least as redundant as distillation_threshold=%s; the next most redundant ones may "
-            "be removed too, to have %d",
-            len(pruning_set),
-            config.distillation_threshold,
-            config.num_decode_blocks,
-        )
-        return tuple(ranked[: config.num_decode_blocks])
-    return pruning_set
+# Share of moves, where pairs can be merged, that change how a block goes and not which.
+_WAY_SHARE = 0.1
 
 
 class Moves:
     """
     Draws a neighbour of a plan: one block comes back and another one goes, in prefill and decode together or in
-    decode alone; or prefill's choice among decode's removed blocks changes. The one that goes is drawn by redundancy,
-    or it is one near the one that comes back, so that runs of removed blocks grow, shrink and shift.
+    decode alone; or prefill's choice among decode's missing blocks changes; or a block that was removed is merged
+    into its neighbour, or the reverse. The one that goes is drawn by redundancy, or it is one near the one that comes
+    back, so that runs of missing blocks grow, shrink and shift.
 
     Args:
-        removable (`Sequence[int]`): Blocks that may be removed, the most redundant first.
+        operations ([`Operations`]): What may be done.
     """
 
-    def __init__(self, removable: Sequence[int]):
-        self.removable = tuple(removable)
-        self._weight = {block: _RANK_DECAY**rank for rank, block in enumerate(self.removable)}
+    def __init__(self, operations: Operations):
+        self.operations = operations
+        self._weight = {block: _RANK_DECAY**rank for rank, block in enumerate(operations.blocks)}
 
     def __call__(self, plan: PruningPlan, rng: random.Random) -> PruningPlan:
-        """A neighbour of `plan`; `plan` itself where it has none."""
-        prefill, decode = set(plan.prefill.removed_blocks), set(plan.decode.removed_blocks)
-        free = [block for block in self.removable if block not in decode]
-        decode_only = sorted(decode - prefill)
+        """A neighbour of `plan`; `plan` itself where the draw gives none."""
+        prefill, decode = missing_of(plan.prefill), missing_of(plan.decode)
+        if self.operations.has_pairs and decode and rng.random() < _WAY_SHARE:
+            return self._other_way(plan, prefill, decode, rng)
+        free = [block for block in self.operations.blocks if block not in decode]
+        decode_only = sorted(decode.keys() - prefill.keys())
         kinds = []
         if free and prefill:
             kinds.append("both")
@@ -76,19 +48,41 @@ class Moves:
             return plan
         kind = rng.choice(kinds)
         back = rng.choice(decode_only if kind == "decode" else sorted(prefill))
-        gone = self._draw(back, decode_only if kind == "prefill" else free, decode - {back}, rng)
+        gone = self._draw(back, decode_only if kind == "prefill" else free, decode.keys() - {back}, rng)
+        if kind == "prefill":
+            way = decode[gone]
+        else:
+            del decode[back]
+            way = self._way(gone, decode, rng)
+            decode[gone] = way
         if kind != "decode":
-            prefill = prefill - {back} | {gone}
-        if kind != "prefill":
-            decode = decode - {back} | {gone}
-        return with_removed(plan, prefill, decode)
+            del prefill[back]
+            prefill[gone] = way
+        return self.operations.plan(plan, prefill, decode) or plan
 
-    def _draw(self, back: int, candidates: Sequence[int], removed: Collection[int], rng: random.Random) -> int:
+    def _draw(self, back: int, candidates: Sequence[int], missing: Collection[int], rng: random.Random) -> int:
         """The block that goes for `back`."""
         if rng.random() < _LOCAL_SHARE:
             step, gone = rng.choice((-1, 1)), back
-            while gone in removed or gone == back:  # over the run of removed blocks to its end
+            while gone in missing or gone == back:  # over the run of missing blocks to its end
                 gone += step
             if gone in candidates:
                 return gone
         return rng.choices(candidates, [self._weight[block] for block in candidates])[0]
+
+    def _way(self, block: int, missing: Missing, rng: random.Random) -> int | None:
+        """How it goes: merged where it can be, most of the time."""
+        ways = list(self.operations.ways(block, missing))
+        return ways[0] if ways and rng.random() < 1 - _WAY_SHARE else (ways or [None])[-1]
+
+    def _other_way(
+        self, plan: PruningPlan, prefill: dict[int, int | None], decode: dict[int, int | None], rng: random.Random
+    ) -> PruningPlan:
+        block = rng.choice(sorted(decode))
+        ways = [way for way in self.operations.ways(block, decode) if way != decode[block]]
+        if not ways:
+            return plan
+        decode[block] = ways[0]
+        if block in prefill:
+            prefill[block] = ways[0]
+        return self.operations.plan(plan, prefill, decode) or plan

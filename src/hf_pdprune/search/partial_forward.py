@@ -23,6 +23,7 @@ class PartialForward:
         start (`int`, defaults to 0): First block that runs; 0 is a plain forward.
         hidden_states (`torch.Tensor`, *optional*): Input of block `start`, shape `(batch_size, tokens, hidden_size)`.
         record (`Collection[int]`, *optional*): Blocks whose input is kept, in `recorded`; those up to `start` are not.
+        record_dtype (`torch.dtype`, *optional*): In which it is kept. Default: as it is.
 
     Attributes:
         recorded (`dict[int, torch.Tensor]`): By block number, shape `(batch_size, tokens, hidden_size)`.
@@ -34,6 +35,7 @@ class PartialForward:
         start: int = 0,
         hidden_states: torch.Tensor | None = None,
         record: Collection[int] = (),
+        record_dtype: torch.dtype | None = None,
     ):
         if start > 0 and hidden_states is None:
             raise ValueError(f"a forward from block {start} on needs the hidden states that arrive there")
@@ -41,6 +43,7 @@ class PartialForward:
         self.start = start
         self.hidden_states = hidden_states
         self.record = record
+        self.record_dtype = record_dtype
         self.recorded: dict[int, torch.Tensor] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,7 +66,8 @@ class PartialForward:
 
     def _recorder(self, number: int) -> Any:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            self.recorded[number] = output[0] if isinstance(output, tuple) else output
+            states = output[0] if isinstance(output, tuple) else output
+            self.recorded[number] = states.to(self.record_dtype or states.dtype)
 
         return hook
 

@@ -3,7 +3,11 @@
 from dataclasses import dataclass, field
 
 
+# These take one block after the other.
+STEPWISE_STRATEGIES = ("annealing", "greedy")
 STRATEGIES = ("annealing", "greedy", "one_shot", "contiguous", "end_group", "random")
+
+CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 TOKEN_AWARE_CRITERIA = ("kl", "attention_mass", "random")
 
@@ -20,6 +24,16 @@ class SearchConfig:
             Blocks that the prefill stage loses.
         num_decode_blocks (`int`, *optional*, defaults to `0`):
             Blocks that the decode stage loses, those that prefill loses among them.
+        target_ttft_speedup (`float`, *optional*):
+            Instead of `num_prefill_blocks`: how many times faster prefill is to be. As many blocks go as it takes, by
+            the blocks' parameters.
+        target_tpot_speedup (`float`, *optional*):
+            Instead of `num_decode_blocks`: how many times faster a decode step is to be, by the parameters of blocks
+            and LM head.
+        max_kl (`float`, *optional*):
+            KL to the dense model per completion token, on the calibration set and before healing, that is not to be
+            passed: blocks go as long as it is kept, from prefill too at first and then from decode alone. The numbers
+            of blocks, where they are given, are then the most that go.
         distillation_threshold (`float`, *optional*, defaults to `0.95`):
             Blocks at least as redundant as this (mean cosine similarity of input and output) may be removed outright.
             Where these are too few, the next most redundant ones may be too.
@@ -27,18 +41,32 @@ class SearchConfig:
             Blocks at the beginning that are never removed.
         num_protected_last_blocks (`int`, *optional*, defaults to `1`):
             Blocks at the end that are never removed.
+        merge_pairs (`bool`, *optional*, defaults to `False`):
+            Whether a block may also be merged with the one before it into one distilled block, which then learns what
+            both do. The pairs are distilled once, before the search; distillation of the stages starts from them.
+        merge_rank (`int`, *optional*, defaults to `64`):
+            Rank of what a merged block learns. The adapters of the stages need at least this rank.
 
         > How they are chosen
 
         strategy (`str`, *optional*, defaults to `"annealing"`):
-            `"annealing"` (from what greedy finds), `"greedy"` (SLEB: one block after the other), `"one_shot"`
-            (ShortGPT: the most redundant ones), `"contiguous"` (the best run of neighbours), `"end_group"` (Shortened
-            LLaMA: the last ones) or `"random"`.
+            `"annealing"` (greedy, and annealing after each block), `"greedy"` (SLEB: one block after the
+            other), `"one_shot"` (ShortGPT: the most redundant ones), `"contiguous"` (the best run of neighbours),
+            `"end_group"` (Shortened LLaMA: the last ones) or `"random"`.
         search_seed (`int`, *optional*, defaults to `0`):
             Seed of everything random.
-        annealing_budget (`float`, *optional*):
-            Dense forwards over the calibration set that annealing may spend after its start. Default: as many as the
-            greedy start has spent.
+        annealing_share (`float`, *optional*, defaults to `0.15`):
+            What annealing may spend, in block forwards x tokens, as a share of what a plain greedy loop would (every
+            candidate, on all examples and from block 0 to the end).
+        num_restarts (`int`, *optional*, defaults to `1`):
+            Annealings from the same start, each with its own seed, among which what annealing may spend is divided.
+        search_confidence (`float`, *optional*, defaults to `3.0`):
+            Annealing gives a candidate up before it has been measured on all examples where its loss, guessed from
+            those measured so far, is so many standard errors above what could be accepted. `0`: only where that is
+            certain.
+        search_share (`float`, *optional*, defaults to `0.9`):
+            Annealing measures candidates on the examples that tell most for what they cost, up to this share of the
+            completion tokens, and only what it finds on all of them.
         initial_temperature (`float`, *optional*, defaults to `0.05`):
             Temperature at which annealing begins, as a share of the energy of its start.
         final_temperature (`float`, *optional*, defaults to `0.002`):
@@ -46,6 +74,9 @@ class SearchConfig:
         hidden_cache_gb (`float`, *optional*, defaults to `4.0`):
             Memory for the hidden states and KV entries that make evaluations start at the first block that differs, in
             GB per process. With less, more is computed again; the result is the same.
+        hidden_cache_dtype (`str`, *optional*):
+            Dtype in which these are kept: `"bfloat16"` takes half of the memory of `"float32"`, and rounds. Default:
+            the model's.
 
         > Token-aware cache
 
@@ -71,6 +102,16 @@ class SearchConfig:
     num_decode_blocks: int = field(
         default=0, metadata={"help": "Blocks that the decode stage loses, those that prefill loses among them."}
     )
+    target_ttft_speedup: float | None = field(
+        default=None, metadata={"help": "Instead of num_prefill_blocks: how many times faster prefill is to be."}
+    )
+    target_tpot_speedup: float | None = field(
+        default=None, metadata={"help": "Instead of num_decode_blocks: how many times faster a decode step is to be."}
+    )
+    max_kl: float | None = field(
+        default=None,
+        metadata={"help": "KL per completion token, before healing, up to which blocks go, as many as are allowed."},
+    )
     distillation_threshold: float = field(
         default=0.95, metadata={"help": "Blocks at least as redundant as this may be removed outright."}
     )
@@ -78,16 +119,31 @@ class SearchConfig:
         default=1, metadata={"help": "Blocks at the beginning that are never removed."}
     )
     num_protected_last_blocks: int = field(default=1, metadata={"help": "Blocks at the end that are never removed."})
+    merge_pairs: bool = field(
+        default=False,
+        metadata={"help": "Whether a block may also be merged with the one before it into one distilled block."},
+    )
+    merge_rank: int = field(default=64, metadata={"help": "Rank of what a merged block learns."})
     strategy: str = field(
         default="annealing", metadata={"help": "How blocks are chosen.", "choices": list(STRATEGIES)}
     )
     search_seed: int = field(default=0, metadata={"help": "Seed of everything random in the search."})
-    annealing_budget: float | None = field(
-        default=None,
+    annealing_share: float = field(
+        default=0.15, metadata={"help": "What annealing may spend, as a share of what a plain greedy loop would."}
+    )
+    num_restarts: int = field(
+        default=1, metadata={"help": "Annealings from the same start, each with its own seed, that share the budget."}
+    )
+    search_confidence: float = field(
+        default=3.0,
         metadata={
-            "help": "Dense forwards over the calibration set that annealing may spend after its start. Default: as "
-            "many as the greedy start has spent."
+            "help": "Standard errors at which a candidate is given up before it is measured on all examples. 0: only "
+            "where it is certain to lose."
         },
+    )
+    search_share: float = field(
+        default=0.9,
+        metadata={"help": "Share of the completion tokens, those that cost least first, that annealing measures on."},
     )
     initial_temperature: float = field(
         default=0.05, metadata={"help": "Temperature at which annealing begins, as a share of its start's energy."}
@@ -98,6 +154,10 @@ class SearchConfig:
     hidden_cache_gb: float = field(
         default=4.0,
         metadata={"help": "Memory per process for hidden states and KV entries that save computing, in GB."},
+    )
+    hidden_cache_dtype: str | None = field(
+        default=None,
+        metadata={"help": "Dtype in which these are kept. Default: the model's.", "choices": list(CACHE_DTYPES)},
     )
     num_token_aware_blocks: int | None = field(
         default=None, metadata={"help": "Blocks that hand over only the first and last tokens of the prompt."}
@@ -131,7 +191,18 @@ class SearchConfig:
             _check_count(name, getattr(self, name))
         for name in ("first_tokens", "last_tokens", "kv_prompt_tokens"):
             _check_count(name, getattr(self, name), 0 if name == "first_tokens" else 1)
-        if self.num_decode_blocks < self.num_prefill_blocks:
+        for name in ("merge_rank", "num_restarts"):
+            _check_count(name, getattr(self, name), 1)
+        for target, count in (
+            ("target_ttft_speedup", "num_prefill_blocks"),
+            ("target_tpot_speedup", "num_decode_blocks"),
+        ):
+            speedup = getattr(self, target)
+            if speedup is not None and speedup < 1:
+                raise ValueError(f"{target} must be at least 1, got {speedup}")
+            if speedup is not None and getattr(self, count):
+                raise ValueError(f"{target} and {count} exclude each other")
+        if self.target_tpot_speedup is None and self.num_decode_blocks < self.num_prefill_blocks:
             raise ValueError(
                 f"num_decode_blocks ({self.num_decode_blocks}) must be at least num_prefill_blocks "
                 f"({self.num_prefill_blocks}): blocks missing in prefill are missing in decode too"
@@ -145,8 +216,21 @@ class SearchConfig:
             )
         if not -1 <= self.distillation_threshold <= 1:
             raise ValueError(f"distillation_threshold must be between -1 and 1, got {self.distillation_threshold}")
-        if self.annealing_budget is not None and self.annealing_budget < 0:
-            raise ValueError(f"annealing_budget must not be negative, got {self.annealing_budget}")
+        if self.max_kl is not None and self.max_kl <= 0:
+            raise ValueError(f"max_kl must be positive, got {self.max_kl}")
+        if self.max_kl is not None and self.strategy not in STEPWISE_STRATEGIES:
+            raise ValueError(f"max_kl needs a strategy that goes block by block: {', '.join(STEPWISE_STRATEGIES)}")
+        if self.merge_pairs and self.strategy != "annealing":
+            raise ValueError(f"merge_pairs needs the strategy annealing, got {self.strategy!r}")
+        for name in ("annealing_share", "search_confidence"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 < self.search_share <= 1:
+            raise ValueError(f"search_share must be above 0 and at most 1, got {self.search_share}")
+        if self.hidden_cache_dtype not in (None, *CACHE_DTYPES):
+            raise ValueError(
+                f"hidden_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, got {self.hidden_cache_dtype!r}"
+            )
         if not 0 < self.final_temperature <= self.initial_temperature:
             raise ValueError(
                 "temperatures must be positive and fall, got initial_temperature "

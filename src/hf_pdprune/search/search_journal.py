@@ -14,8 +14,8 @@ class SearchJournal:
     """
     A file of lines, one for every batch on which a plan was measured, flushed one by one. The first line says of what
     model and calibration they are. A search that is started again with the same journal is the same search: it draws
-    the same random numbers, takes known energies (and what they cost) from the journal instead of computing them, and
-    so arrives where it was interrupted, with its random generator in the state in which it was.
+    the same random numbers, takes known energies from the journal instead of computing them, and so arrives where it
+    was interrupted, with its random generator in the state in which it was.
 
     Args:
         path (`str` or `os.PathLike`, *optional*): The file. Without one nothing is written.
@@ -30,7 +30,7 @@ class SearchJournal:
         self.path = None if path is None else Path(path)
         self.subject = subject
         self.write = write and self.path is not None
-        self._entries: dict[tuple[str, int], tuple[float, int]] = {}
+        self._entries: dict[tuple[str, int], float] = {}
         if self.path is not None and self.path.is_file():
             self._read()
         elif self.write:
@@ -40,15 +40,15 @@ class SearchJournal:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, plan: str, batch: int) -> tuple[float, int] | None:
-        """What was measured of a plan (its digest) on a batch: the sum of KL, and block forwards x tokens spent."""
+    def get(self, plan: str, batch: int) -> float | None:
+        """The sum of KL that was measured of a plan (its digest) on a batch."""
         return self._entries.get((plan, batch))
 
-    def add(self, plan: str, batch: int, kl_sum: float, block_tokens: int) -> None:
+    def add(self, plan: str, batch: int, kl_sum: float) -> None:
         """Records what was measured of a plan on a batch."""
-        self._entries[plan, batch] = (kl_sum, block_tokens)
+        self._entries[plan, batch] = kl_sum
         if self.write:
-            self._append({"plan": plan, "batch": batch, "kl_sum": kl_sum, "block_tokens": block_tokens})
+            self._append({"plan": plan, "batch": batch, "kl_sum": kl_sum})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -61,7 +61,7 @@ class SearchJournal:
             header, *lines = [json.loads(line) for line in complete.split("\n")]
             subject = header["subject"]
             for line in lines:
-                self._entries[line["plan"], line["batch"]] = (line["kl_sum"], line["block_tokens"])
+                self._entries[line["plan"], line["batch"]] = line["kl_sum"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.path} is not a search journal: {error!r}") from error
         if subject != self.subject:

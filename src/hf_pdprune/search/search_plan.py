@@ -1,25 +1,30 @@
 """search_plan: from a dense model and a calibration to a pruning plan."""
 
 import logging
+import math
 import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
 from ..blocks import num_blocks
 from ..plan import PruningPlan
-from .annealing import AnnealingSearch
-from .baselines import contiguous_group, end_group, greedy, greedy_decode, greedy_prefill, one_shot, random_blocks
+from .baselines import contiguous_group, end_group, one_shot, random_blocks
 from .block_statistics import BlockStatistics
 from .calibration import Calibration
-from .moves import Moves, removable_blocks
+from .merged_pairs import MERGED_PAIRS_FILE_NAME, MergedPairs
 from .objective import Objective
+from .operations import Operations, removable_blocks, unprotected_blocks
+from .pareto_front import ParetoFront, ParetoPoint
 from .search_config import SearchConfig
 from .search_journal import SearchJournal
+from .stepwise import Step, StepwiseSearch
+from .targets import num_blocks_to_remove
 from .token_aware_blocks import TokenAwareBlocks
 
 
@@ -27,8 +32,6 @@ logger = logging.getLogger(__name__)
 
 JOURNAL_FILE_NAME = "search_journal.jsonl"
 KV_JOURNAL_FILE_NAME = "search_journal_kv.jsonl"
-# Of annealing's budget; the rest goes to both stages jointly.
-_PREFILL_SHARE = 0.5
 
 
 def search_plan(
@@ -66,31 +69,55 @@ def search_plan(
             f"the block statistics are of {statistics.base_model} ({statistics.model_type}, "
             f"{statistics.num_hidden_layers} blocks), the model is {model.config.model_type} with {total}"
         )
+    num_prefill, num_decode = num_blocks_to_remove(model, config)
+    # From here on the numbers of blocks are those that the targets come to.
+    asked = config
+    config = replace(
+        config,
+        num_prefill_blocks=num_prefill,
+        num_decode_blocks=num_decode,
+        target_ttft_speedup=None,
+        target_tpot_speedup=None,
+    )
     config.check_model(total)
-    removable = removable_blocks(statistics, config)
+    removable = removable_blocks(statistics, config, at_least=0 if config.max_kl is not None else num_decode)
     begun = time.perf_counter()
-    objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME)
     # What cannot be met is found before anything is spent: which blocks are removed changes nothing about it.
     needs_window = bool(config.num_token_aware_blocks) or config.target_kv_reduction is not None
+    merged_pairs = _merged_pairs(model, calibration, statistics, config, removable, output_dir)
+    objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
     if needs_window:
         selection = TokenAwareBlocks(objective, config)
-        example = one_shot(objective, removable, config)
+        example = one_shot(objective, removable, config) if config.max_kl is None else objective.dense_plan
         selection.count(example, selection.candidates(example))
 
-    plan, start_energy = _choose_blocks(objective, removable, config)
-    energies = {"dense": 0.0, "start": start_energy, "blocks": objective.energy(plan)}
+    plan, steps = _choose_blocks(objective, Operations(removable, merged_pairs.pairs), config)
+    lost = len(plan.prefill.missing_blocks), len(plan.decode.missing_blocks)
+    if (
+        asked.target_ttft_speedup is not None
+        and lost[0] < num_prefill
+        or (asked.target_tpot_speedup is not None and lost[1] < num_decode)
+    ):
+        raise ValueError(
+            f"the speedups asked for take {num_prefill} blocks from prefill and {num_decode} from decode; within "
+            f"max_kl {asked.max_kl} only {lost[0]} and {lost[1]} can go (KL {objective.energy(plan):.4f})"
+        )
+    energies = {"dense": 0.0, "start": steps[-1].greedy_energy if steps else objective.energy(plan)}
+    energies["blocks"] = objective.energy(plan)
     costs = {"blocks": objective}
     if needs_window:
         if kv_calibration is not None:
             objective.forget()
-            costs["token_aware_blocks"] = _objective(model, kv_calibration, config, output_dir, KV_JOURNAL_FILE_NAME)
+            costs["token_aware_blocks"] = _objective(
+                model, kv_calibration, config, output_dir, KV_JOURNAL_FILE_NAME, merged_pairs
+            )
         kv_objective = costs.get("token_aware_blocks", objective)
         plan = TokenAwareBlocks(kv_objective, config).choose(plan)
         every = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
         energies["all_tokens"], energies["token_aware"] = kv_objective.energy(every), kv_objective.energy(plan)
     energies["result"] = objective.energy(plan)
     provenance = {
-        "config": asdict(config),
+        "config": asdict(asked),
         "calibration": _describe(calibration),
         "kv_calibration": None if kv_calibration is None else _describe(kv_calibration),
         "removable_blocks": list(removable),
@@ -98,57 +125,83 @@ def search_plan(
         "cost": {name: _describe_cost(spent) for name, spent in costs.items()},
         "seconds": round(time.perf_counter() - begun, 1),
     }
+    if steps:
+        provenance["cost"]["plain_greedy_block_tokens"] = steps[-1].plain_block_tokens
+    if merged_pairs.pairs:
+        provenance["cost"]["distilling_pairs_block_tokens"] = merged_pairs.block_tokens
     plan = replace(plan, base_model=statistics.base_model, provenance=provenance)
     if output_dir is not None and PartialState().is_main_process:
+        dense = ParetoPoint(replace(objective.dense_plan, base_model=statistics.base_model), 0.0)
+        points = [ParetoPoint(replace(step.plan, base_model=statistics.base_model), step.energy) for step in steps]
+        if steps:
+            ParetoFront([dense, *points]).save(output_dir)
         plan.save_pretrained(output_dir)
     logger.info("plan: %s %s %s", plan.prefill, plan.decode, plan.kv)
     return plan
 
 
 def _choose_blocks(
-    objective: Objective, removable: tuple[int, ...], config: SearchConfig
-) -> tuple[PruningPlan, float]:
-    """The plan with its removed blocks, and the energy of where the search started."""
+    objective: Objective, operations: Operations, config: SearchConfig
+) -> tuple[PruningPlan, list[Step]]:
+    """The plan with its missing blocks, and the steps to it where the strategy goes block by block."""
     simple = {
         "one_shot": one_shot,
         "random": random_blocks,
         "end_group": end_group,
         "contiguous": contiguous_group,
-        "greedy": greedy,
     }
     if config.strategy in simple:
-        plan = simple[config.strategy](objective, removable, config)
-        return plan, objective.energy(plan)
+        return simple[config.strategy](objective, operations.removable, config), []
+    search = StepwiseSearch(objective, operations, config, annealing=config.strategy == "annealing")
+    max_kl = math.inf if config.max_kl is None else config.max_kl
+    steps = search.run(config.num_prefill_blocks, config.num_decode_blocks, max_kl)
+    if not steps and search.refused:
+        raise ValueError(
+            f"max_kl {config.max_kl} cannot be met: the best plan with one block less has KL "
+            f"{min(step.energy for step in search.refused):.4f}"
+        )
+    return steps[-1].plan if steps else objective.dense_plan, steps
 
-    def budget() -> int:
-        """Block forwards x tokens that annealing may spend in all, as far as it is known by now."""
-        dense_forwards = config.annealing_budget
-        return greedy_cost if dense_forwards is None else round(dense_forwards * objective.dense_block_tokens)
 
-    def anneal(start: PruningPlan, name: str, budget: int) -> PruningPlan:
-        temperatures = config.initial_temperature, config.final_temperature
-        search = AnnealingSearch(objective, Moves(removable), f"{config.search_seed} {name}", *temperatures, name)
-        return search.run(start, budget)
-
-    cost, annealing_cost = objective.cost, 0
-    plan = greedy_prefill(objective, removable, config)
-    greedy_cost = cost.block_tokens
-    if 0 < config.num_prefill_blocks < config.num_decode_blocks:
-        plan = anneal(plan, "Annealing, prefill", round(_PREFILL_SHARE * budget()))
-        annealing_cost = cost.block_tokens - greedy_cost
-    plan = greedy_decode(objective, removable, config, plan)
-    start, greedy_cost = objective.energy(plan), cost.block_tokens - annealing_cost
-    if config.num_decode_blocks:
-        plan = anneal(plan, "Annealing, both stages", budget() - annealing_cost)
-    return plan, start
+def _merged_pairs(
+    model: nn.Module,
+    calibration: Calibration,
+    statistics: BlockStatistics,
+    config: SearchConfig,
+    removable: tuple[int, ...],
+    output_dir: str | os.PathLike | None,
+) -> MergedPairs:
+    """The pairs that may be merged, distilled now or by the search that is resumed."""
+    if not config.merge_pairs:
+        return MergedPairs()
+    if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
+        return MergedPairs.from_pretrained(output_dir, model)
+    absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
+    pairs = MergedPairs.distil(model, list(calibration.batches), absorbed, config.merge_rank)
+    if output_dir is not None and PartialState().is_main_process:
+        pairs.save_pretrained(output_dir)
+    return pairs
 
 
 def _objective(
-    model: nn.Module, calibration: Calibration, config: SearchConfig, output_dir: str | os.PathLike | None, name: str
+    model: nn.Module,
+    calibration: Calibration,
+    config: SearchConfig,
+    output_dir: str | os.PathLike | None,
+    name: str,
+    merged_pairs: MergedPairs,
 ) -> Objective:
     path = None if output_dir is None else Path(output_dir) / name
-    journal = SearchJournal(path, calibration.digest, write=PartialState().is_main_process)
-    return Objective(model, calibration, int(config.hidden_cache_gb * 1e9), journal)
+    cache_dtype = None if config.hidden_cache_dtype is None else getattr(torch, config.hidden_cache_dtype)
+    subject = "-".join(filter(None, (calibration.digest, config.hidden_cache_dtype, merged_pairs.digest)))
+    return Objective(
+        model,
+        calibration,
+        int(config.hidden_cache_gb * 1e9),
+        SearchJournal(path, subject, write=PartialState().is_main_process),
+        cache_dtype,
+        merged_pairs,
+    )
 
 
 def _describe(calibration: Calibration) -> dict[str, Any]:

@@ -49,13 +49,13 @@ class TokenAwareBlocks:
         if self.config.token_aware_criterion == "random":
             rng = random.Random(f"{self.config.search_seed} random")
             return self._with_blocks(plan, rng.sample(candidates, count))
-        spent = self.objective.cost.block_tokens
+        spent = self.objective.cost.total
         if count <= len(candidates) / 2:
             plan = self._add_blocks(self._with_blocks(plan, ()), candidates, count)
         else:  # from the other end fewer candidates have to be evaluated
             plan = self._give_back_blocks(self._with_blocks(plan, candidates), len(candidates) - count)
         if self.config.refine_token_aware_blocks:
-            plan = self._anneal(plan, candidates, self.objective.cost.block_tokens - spent)
+            plan = self._anneal(plan, candidates, self.objective.cost.total - spent)
         return plan
 
     def candidates(self, plan: PruningPlan) -> tuple[int, ...]:

@@ -1,0 +1,94 @@
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "search_study.py"
+WORDS = "the quick brown fox jumps over the lazy dog while an old cat sleeps under a warm red stone wall".split()
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("search_study", RECIPE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["search_study"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["search_study"]
+
+
+@pytest.fixture
+def options(tiny_model, tiny_tokenizer, tmp_path):
+    tiny_model("llama", num_hidden_layers=5).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    for name, step in (("first", 1), ("second", 3)):
+        rows = [{"text": " ".join(WORDS[(i * j * step) % len(WORDS)] for j in range(1, 30))} for i in range(1, 20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        "model_name_or_path": str(tmp_path / "model"),
+        "calibration": [f"first={tmp_path / 'first.jsonl'}"],
+        "validation": [f"{name}={tmp_path / name}.jsonl" for name in ("first", "second")],
+        "output_dir": str(tmp_path / "study"),
+        "seeds": [0, 1],
+        "num_blocks": [1, 2],
+        "calibration_examples": 8,
+        "validation_examples": [8, 4],
+        "prompt_tokens": 12,
+        "completion_tokens": 20,
+        "merge_rank": 4,
+    }
+
+
+def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, monkeypatch):
+    study.Study(study.StudyArguments(**options)).run()
+    folder = Path(options["output_dir"])
+    rows = json.loads((folder / "results.json").read_text())
+    seeded, others = 3, 4
+    assert len(rows) == (2 * seeded + others) * 2 * 2  # seeds, numbers of blocks, validation texts
+    assert len({(r["strategy"], r["seed"], r["num_blocks"], r["calibration"], r["validation"]) for r in rows}) == len(
+        rows
+    )
+    for row in rows:
+        assert row["kl"] > 0 and len(row["removed_blocks"]) + len(row["merged_blocks"]) == row["num_blocks"]
+    by_strategy = {(r["strategy"], r["seed"]): r for r in rows if r["num_blocks"] == 2}
+    greedy = by_strategy["greedy", None]
+    assert by_strategy["annealing", 0]["kl_calibration"] <= greedy["kl_calibration"]
+    assert greedy["block_tokens"] < greedy["plain_greedy_block_tokens"]
+    assert by_strategy["annealing+merges", 0]["distilling_block_tokens"] > 0
+    table = (folder / "table.md").read_text()
+    assert table in capsys.readouterr().out and table.count("| first | 2 |") == 7
+    assert (folder / "fronts" / "first-annealing-1" / "pareto_front.json").is_file()
+
+    # A finished study makes nothing again, and one that lost its rows computes no energy again.
+    study.Study(study.StudyArguments(**options)).run()
+    assert json.loads((folder / "results.json").read_text()) == rows
+    (folder / "results.json").unlink()
+    monkeypatch.setattr(study.Objective, "_measure", None)
+    study.Study(study.StudyArguments(**options)).run()
+    again = json.loads((folder / "results.json").read_text())
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"strategies": ["magic"]}, "unknown strategy 'magic'"),
+        ({"validation_examples": [1, 2, 3]}, "validation_examples: 3 for 2 texts"),
+        ({"calibration": ["nameless"]}, "'nameless' is not name=source"),
+    ],
+)
+def test_bad_requests_are_named(study, options, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.Study(study.StudyArguments(**options | change)).run()
+
+
+def test_the_command_explains_itself():
+    environment = {**os.environ, "COLUMNS": "200"}
+    done = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "Texts to search on" in done.stdout

@@ -1,0 +1,94 @@
+import math
+
+import pytest
+
+from hf_pdprune.search import MergedPairs, Objective, Operations, SearchConfig, StepwiseSearch
+from hf_pdprune.search.operations import with_removed
+
+
+REMOVABLE = (5, 2, 3, 6, 1, 4)  # of eight blocks, the most redundant first
+
+
+@pytest.fixture
+def objective(tiny_model, calibration):
+    model = tiny_model("llama", num_hidden_layers=8)
+    return Objective(model, calibration(model))
+
+
+def plain_greedy(objective, removable, config):
+    """SLEB without any saving."""
+    prefill, decode = [], []
+    while len(decode) < config.num_decode_blocks:
+        both = len(prefill) < config.num_prefill_blocks
+        plans = {}
+        for block in removable:
+            if block not in decode:
+                plans[block] = with_removed(
+                    objective.dense_plan, [*prefill, block] if both else prefill, [*decode, block]
+                )
+        best = min(plans, key=lambda block: objective.energy(plans[block]))
+        decode.append(best)
+        prefill += [best] if both else []
+    return with_removed(objective.dense_plan, prefill, decode)
+
+
+@pytest.mark.parametrize("counts", [(0, 2), (2, 2), (2, 4)])
+def test_greedy_is_sleb_at_less_cost(objective, counts):
+    plain = Objective(objective.model, objective.calibration, hidden_cache_bytes=0)
+    config = SearchConfig(*counts)
+    search = StepwiseSearch(objective, Operations(REMOVABLE), config, annealing=False)
+    steps = search.run(*counts)
+    assert steps[-1].plan == plain_greedy(plain, REMOVABLE, config)
+    assert steps[-1].plain_block_tokens == plain.cost.block_tokens
+    assert objective.cost.evaluations == plain.cost.evaluations
+    assert objective.cost.plain_block_tokens == plain.cost.block_tokens
+    assert objective.cost.total < plain.cost.block_tokens
+
+
+def test_annealing_never_ends_above_its_greedy_start_and_keeps_counts(objective):
+    config = SearchConfig(annealing_share=0.3, search_share=0.5)
+    search = StepwiseSearch(objective, Operations(REMOVABLE), config)
+    steps = search.run(2, 4)
+    assert [(len(s.plan.prefill.missing_blocks), len(s.plan.decode.missing_blocks)) for s in steps] == [
+        (1, 1), (2, 2), (2, 3), (2, 4),
+    ]  # fmt: skip
+    exact = Objective(objective.model, objective.calibration)
+    for step in steps:
+        assert step.energy <= step.greedy_energy
+        assert step.energy == pytest.approx(exact.energy(step.plan), abs=1e-9)  # on all batches, not on half of them
+    costs = [step.block_tokens for step in steps]
+    assert costs == sorted(costs) and costs[-1] == objective.cost.total
+
+
+def test_restarts_share_the_budget_and_seeds_differ(objective):
+    costs = {}
+    for restarts in (1, 3):
+        own = Objective(objective.model, objective.calibration)
+        config = SearchConfig(annealing_share=0.2, num_restarts=restarts)
+        StepwiseSearch(own, Operations(REMOVABLE), config).run(3, 3)
+        costs[restarts] = own.cost.total
+    assert costs[1] != costs[3] and costs[3] < 1.5 * costs[1]
+
+
+def test_max_kl_ends_the_search_with_prefill_first_and_decode_after_it(objective):
+    config = SearchConfig(annealing_share=0)
+    steps = StepwiseSearch(objective, Operations(REMOVABLE), config, annealing=False).run(6, 6)
+    bound = (steps[1].energy + steps[2].energy) / 2
+    search = StepwiseSearch(objective, Operations(REMOVABLE), config, annealing=False)
+    within = search.run(6, 6, max_kl=bound)
+    assert all(step.energy <= bound for step in within) and all(step.energy > bound for step in search.refused)
+    assert len(within[-1].plan.prefill.missing_blocks) == 2 <= len(within[-1].plan.decode.missing_blocks)
+    nothing = StepwiseSearch(objective, Operations(REMOVABLE), config, annealing=False)
+    assert nothing.run(6, 6, max_kl=1e-9) == [] and nothing.refused[-1].energy < math.inf
+
+
+def test_merging_is_an_operation(objective):
+    model, data = objective.model, objective.calibration
+    pairs = MergedPairs.distil(model, list(data.batches), range(2, 7), rank=16)
+    merging = Objective(model, data, merged_pairs=pairs)
+    search = StepwiseSearch(merging, Operations(REMOVABLE, pairs.pairs), SearchConfig(annealing_share=0.3))
+    steps = search.run(2, 3)
+    removing = StepwiseSearch(objective, Operations(REMOVABLE), SearchConfig(), annealing=False).run(2, 3)
+    assert steps[-1].plan.decode.merged_blocks and steps[-1].energy < removing[-1].energy
+    with pytest.raises(ValueError, match="which has not been distilled"):
+        objective.energy(steps[-1].plan)

@@ -1,0 +1,34 @@
+import pytest
+
+from hf_pdprune.search import SearchConfig
+from hf_pdprune.search.targets import num_blocks_to_remove
+
+
+@pytest.fixture
+def model(tiny_model):
+    return tiny_model("llama", num_hidden_layers=8)
+
+
+def test_numbers_are_themselves(model):
+    assert num_blocks_to_remove(model, SearchConfig(2, 3)) == (2, 3)
+    assert num_blocks_to_remove(model, SearchConfig(max_kl=0.5)) == (6, 6)
+    assert num_blocks_to_remove(model, SearchConfig(1, 2, max_kl=0.5)) == (1, 2)
+
+
+def test_a_speedup_takes_as_few_blocks_as_it_needs(model):
+    assert num_blocks_to_remove(model, SearchConfig(target_ttft_speedup=1.0)) == (0, 0)
+    assert num_blocks_to_remove(model, SearchConfig(target_ttft_speedup=8 / 6)) == (2, 2)
+    assert num_blocks_to_remove(model, SearchConfig(target_ttft_speedup=8 / 6 + 0.001)) == (3, 3)
+    # A decode step reads the LM head too: the same speedup takes more blocks.
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    head = model.lm_head.weight.numel()
+    speedup = (blocks + head) / (5 / 8 * blocks + head)
+    prefill, decode = num_blocks_to_remove(model, SearchConfig(1, target_tpot_speedup=speedup - 0.001))
+    assert (prefill, decode) == (1, 3)
+
+
+def test_what_cannot_be_met_says_how_near_the_best_comes(model):
+    with pytest.raises(ValueError, match=r"target_ttft_speedup 5 cannot be met: without all 6 .* it is 4.00"):
+        num_blocks_to_remove(model, SearchConfig(target_ttft_speedup=5))
+    with pytest.raises(ValueError, match="blocks missing in prefill are missing in decode too"):
+        num_blocks_to_remove(model, SearchConfig(4, target_tpot_speedup=1.01))
