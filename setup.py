@@ -64,11 +64,8 @@ extras["dev"] = (
     deps_list("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff")
     + extras["plots"]
     + extras["gguf"]
-<<<<<<< HEAD
     + extras["deepspeed"]
-=======
     + extras["eval"]
->>>>>>> evaluation
 )
 
 setup(

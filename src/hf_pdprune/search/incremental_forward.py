@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -11,6 +12,7 @@ from accelerate.utils import gather
 from torch import nn
 from transformers import DynamicCache
 
+from ..adapters import active_adapter
 from ..blocks import bypass_blocks, num_blocks
 from ..fingerprint import model_fingerprint
 from ..inference import DecodeStage
@@ -64,6 +66,7 @@ class IncrementalForward:
         cache_bytes (`int`): Bound for hidden states and KV entries in this process.
         cache_dtype (`torch.dtype`, *optional*): In which these are kept. Default: the model's, which is exact.
         merged_pairs ([`MergedPairs`], *optional*): What merged blocks do. Only plans without any can do without.
+        adapters (`Mapping[str, str]`, *optional*): Adapter that a stage applies, by the stage's name. Default: none.
     """
 
     def __init__(
@@ -73,9 +76,11 @@ class IncrementalForward:
         cache_bytes: int,
         cache_dtype: torch.dtype | None = None,
         merged_pairs: MergedPairs | None = None,
+        adapters: Mapping[str, str] | None = None,
     ):
         self.model = model
         self.calibration = calibration
+        self.adapters = dict(adapters or {})
         self.total_blocks = num_blocks(model.config)
         self.cache_dtype = cache_dtype or model.dtype
         self.merged_pairs = merged_pairs or MergedPairs()
@@ -132,7 +137,8 @@ class IncrementalForward:
         cache = DynamicCache(config=self.model.config)
         forward = self._forward(start, base.prefill_inputs[start] if start else None, keep)
         merged = self.merged_pairs.active(self.model, plan.prefill.merged_blocks)
-        with bypass_blocks(self.model, plan.prefill.missing_blocks), merged:
+        adapted = active_adapter(self.model, self.adapters.get("prefill"))
+        with bypass_blocks(self.model, plan.prefill.missing_blocks), merged, adapted:
             output = forward(
                 input_ids=tensors["prompt_ids"],
                 attention_mask=tensors["prompt_mask"],
@@ -162,7 +168,7 @@ class IncrementalForward:
         tensors = batch.tensors
         completion_mask = tensors["completion_mask"][:, :-1]
         forward = self._forward(start, base.decode_inputs[start] if start else None, keep)
-        stage = DecodeStage(self.model, plan, module=forward)
+        stage = DecodeStage(self.model, plan, self.adapters.get("decode"), module=forward)
         with self.merged_pairs.active(self.model, plan.decode.merged_blocks):
             payload = self._payload(batch, plan, state)
             logits = stage.forward(payload, tensors["completion_ids"][:, :-1], completion_mask)

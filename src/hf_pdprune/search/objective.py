@@ -3,14 +3,9 @@
 import heapq
 import logging
 import math
-<<<<<<< HEAD
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-=======
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
->>>>>>> search
 from typing import Any
 
 import torch
@@ -80,12 +75,9 @@ class Objective:
         calibration ([`Calibration`]): The examples.
         hidden_cache_bytes (`int`, defaults to 4 GiB): Bound for hidden states and KV entries in this process.
         journal ([`SearchJournal`], *optional*): Where energies are written, and known ones come from.
-<<<<<<< HEAD
-        adapters (`Mapping[str, str]`, *optional*): Adapter that a stage applies, by the stage's name. Default: none.
-=======
         hidden_cache_dtype (`torch.dtype`, *optional*): See [`IncrementalForward`].
         merged_pairs ([`MergedPairs`], *optional*): What merged blocks do.
->>>>>>> search
+        adapters (`Mapping[str, str]`, *optional*): Adapter that a stage applies, by the stage's name. Default: none.
     """
 
     def __init__(
@@ -94,20 +86,18 @@ class Objective:
         calibration: Calibration,
         hidden_cache_bytes: int = 4 << 30,
         journal: SearchJournal | None = None,
-<<<<<<< HEAD
-        adapters: Mapping[str, str] | None = None,
-=======
         hidden_cache_dtype: torch.dtype | None = None,
         merged_pairs: MergedPairs | None = None,
->>>>>>> search
+        adapters: Mapping[str, str] | None = None,
     ):
-        self.adapters = dict(adapters or {})
         self.model = model
         self.calibration = calibration
         self.dense_plan = PruningPlan.empty(model)
         self.journal = SearchJournal(None, calibration.digest) if journal is None else journal
         self.cost = SearchCost()
-        self.forward = IncrementalForward(model, calibration, hidden_cache_bytes, hidden_cache_dtype, merged_pairs)
+        self.forward = IncrementalForward(
+            model, calibration, hidden_cache_bytes, hidden_cache_dtype, merged_pairs, adapters
+        )
         self.total_blocks = self.forward.total_blocks
         self._reference: PruningPlan | None = None
         self._states: list[BatchState | None] = [None] * len(calibration)
@@ -334,149 +324,3 @@ class Objective:
         if PartialState().num_processes == 1:
             return values
         return reduce(torch.tensor(values, dtype=torch.float64, device=self.calibration.device), "sum").tolist()
-<<<<<<< HEAD
-
-    # The forward, from the first block that differs
-
-    def _run(
-        self, batch: CalibrationBatch, plan: PruningPlan, base: BatchState | None, keep: bool
-    ) -> tuple[float, int, BatchState | None]:
-        """Sum of KL over a batch, block forwards x tokens, and (`keep`) the state. `base` is another plan's state."""
-        keep = keep and bool(self.recorded_blocks)
-        prefill_start, decode_start = self._starts(plan, base)
-        if prefill_start is None:
-            state, block_tokens = replace(base, plan=plan), 0
-        else:
-            state, block_tokens = self._prefill(batch, plan, base, prefill_start, keep)
-        kl_of_rest = 0.0
-        if batch.tensors["completion_ids"].shape[1] > 1:
-            kl_of_rest, decode_tokens = self._decode(batch, plan, base, state, decode_start, keep)
-            block_tokens += decode_tokens
-        return state.kl_of_first + kl_of_rest, block_tokens, state if keep else None
-
-    def _starts(self, plan: PruningPlan, base: BatchState | None) -> tuple[int | None, int]:
-        """First block to run in prefill (`None`: nothing differs) and in decode."""
-        if base is None:
-            return 0, 0
-        prefill = _first_difference(plan.prefill, base.plan.prefill)
-        decode = [_first_difference(plan.decode, base.plan.decode), prefill]
-        windows = set(plan.kv.token_aware_blocks) ^ set(base.plan.kv.token_aware_blocks)
-        if (plan.kv.first_tokens, plan.kv.last_tokens) != (base.plan.kv.first_tokens, base.plan.kv.last_tokens):
-            windows |= {*plan.kv.token_aware_blocks, *base.plan.kv.token_aware_blocks}
-        decode += windows
-        # A plan that differs in nothing is run from the last block on: it is asked for its states or logits.
-        decode_start = min((block for block in decode if block is not None), default=self.total_blocks - 1)
-        return prefill if prefill is None else self._kept_before(prefill), self._kept_before(decode_start)
-
-    def _kept_before(self, block: int) -> int:
-        """The last block up to `block` whose input is kept."""
-        return max((kept for kept in self.recorded_blocks if kept <= block), default=0)
-
-    def _prefill(
-        self, batch: CalibrationBatch, plan: PruningPlan, base: BatchState | None, start: int, keep: bool
-    ) -> tuple[BatchState, int]:
-        tensors = batch.tensors
-        running = [block for block in plan.kept_blocks("prefill") if block >= start]
-        cache = DynamicCache(config=self.model.config)
-        forward = PartialForward(
-            self.model,
-            start,
-            base.prefill_inputs[start] if start else None,
-            self.recorded_blocks if keep else (),
-        )
-        adapted = active_adapter(self.model, self.adapters.get("prefill"))
-        with bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
-            output = forward(
-                input_ids=tensors["prompt_ids"],
-                attention_mask=tensors["prompt_mask"],
-                position_ids=position_ids(tensors["prompt_mask"]),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        entries = {block: (cache.layers[block].keys, cache.layers[block].values) for block in running}
-        inputs = forward.recorded
-        if start:
-            entries |= {block: pair for block, pair in base.entries.items() if block < start}
-            inputs = inputs | {block: states for block, states in base.prefill_inputs.items() if block <= start}
-        state = BatchState(plan, inputs, entries, batch.kl_of_first(output.logits[:, -1]), {})
-        return state, len(running) * int(tensors["prompt_mask"].sum())
-
-    def _decode(
-        self,
-        batch: CalibrationBatch,
-        plan: PruningPlan,
-        base: BatchState | None,
-        state: BatchState,
-        start: int,
-        keep: bool,
-    ) -> tuple[float, int]:
-        tensors = batch.tensors
-        completion_mask = tensors["completion_mask"][:, :-1]
-        forward = PartialForward(
-            self.model, start, base.decode_inputs[start] if start else None, self.recorded_blocks if keep else ()
-        )
-        stage = DecodeStage(self.model, plan, self.adapters.get("decode"), module=forward)
-        logits = stage.forward(self._payload(batch, plan, state), tensors["completion_ids"][:, :-1], completion_mask)
-        state.decode_inputs = forward.recorded
-        if start:
-            kept = {block: states for block, states in base.decode_inputs.items() if block <= start}
-            state.decode_inputs = forward.recorded | kept
-        running = sum(block >= start for block in plan.kept_blocks("decode"))
-        return batch.kl_of_rest(logits), running * int(completion_mask.sum())
-
-    def _payload(self, batch: CalibrationBatch, plan: PruningPlan, state: BatchState) -> KVPayload:
-        """What prefill hands over by the plan, selected from the whole prompt's entries."""
-        ids, mask = batch.tensors["prompt_ids"], batch.tensors["prompt_mask"]
-        window = PromptWindow.of_prompt(ids.shape[1], mask, plan.kv.first_tokens, plan.kv.last_tokens)
-        layers = DynamicCache(config=self.model.config).layers
-        entries = {}
-        for block in plan.kept_blocks("decode"):
-            keys, values = state.entries[block]
-            token_aware = block in plan.kv.token_aware_blocks and not layers[block].is_sliding
-            if token_aware and window is not None:
-                keys, values = window.select(keys), window.select(values)
-            entries[block] = (keys, values)
-        return KVPayload(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)
-
-    # Memory
-
-    def _state_sizes(self) -> tuple[int, int]:
-        """Bytes of the hidden states before one block, and of the KV entries of all blocks, for one plan."""
-        config = self.model.config.get_text_config(decoder=True)
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        size = torch.finfo(self.model.dtype).bits // 8
-        shapes = [
-            (tensors["prompt_ids"].numel(), tensors["completion_ids"].numel()) for tensors in self.calibration.batches
-        ]
-        prompt, completion = (sum(column) for column in zip(*shapes, strict=True)) if shapes else (0, 0)
-        hidden = (prompt + completion) * config.hidden_size * size
-        return hidden, self.total_blocks * prompt * 2 * kv_heads * head_dim * size
-
-    def _choose_recorded_blocks(self, hidden_cache_bytes: int) -> tuple[int, ...]:
-        """Blocks before which hidden states are kept: as many as fit, evenly spread; none where it is not worth it."""
-        hidden, entries = self._state_sizes()
-        available = hidden_cache_bytes / 2 - entries  # once for the reference and once for the candidate
-        fitting = int(available // max(hidden, 1)) if available > 0 else 0
-        if fitting < 1:
-            logger.warning(
-                "hidden_cache_bytes=%d is too little to keep hidden states (%d bytes per block and %d for KV entries, "
-                "twice): every plan is computed from block 0 on",
-                hidden_cache_bytes,
-                hidden,
-                entries,
-            )
-            return ()
-        stride = math.ceil(self.total_blocks / min(fitting + 1, self.total_blocks))
-        return tuple(range(stride, self.total_blocks, stride))
-
-
-def _first_difference(stage: StagePlan, other: StagePlan) -> int | None:
-    """First block that one of two stages runs and the other does not, or runs otherwise."""
-    missing = set(stage.missing_blocks) ^ set(other.missing_blocks)
-    merged = {block for pair in set(stage.merged_blocks) ^ set(other.merged_blocks) for block in pair}
-    return min(missing | merged, default=None)
-=======
->>>>>>> search
