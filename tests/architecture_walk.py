@@ -90,7 +90,7 @@ class Finding:
         model_type (`str`): As in `config.model_type`.
         class_name (`str`): The model class.
         outcome (`str`): `"works"`, `"refused"` (with a reason, and nothing changed), `"absent"` (transformers cannot
-            build or run it here) or `"wrong"`, which must not be.
+            build or run it here), `"open"` (nobody has looked) or `"wrong"`, which must not be.
         detail (`str`): Reason, or what holds with restrictions.
     """
 
@@ -286,6 +286,7 @@ def document(findings: list[Finding]) -> str:
         "refused": "Refused, with the reason",
         "absent": "Not looked at: transformers cannot build it here",
         "wrong": "Wrong",
+        "open": "Not looked at yet: `make docs` does",
     }
     for outcome, title in titles.items():
         chosen = [finding for finding in findings if finding.outcome == outcome]

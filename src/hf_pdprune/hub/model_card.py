@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..artefact_file import write_artefact
 from ..plan import STAGES, PruningPlan
@@ -118,7 +119,7 @@ def licence_in(path: str | os.PathLike) -> str | None:
         return None
     try:
         return ModelCard.load(str(path)).data.get("license")
-    except ValueError:  # metadata that is no YAML
+    except (ValueError, YAMLError):  # metadata that is no YAML
         return None
 
 
