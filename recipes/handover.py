@@ -133,7 +133,9 @@ def measure(case: Case, links: list[Link], args: HandoverArguments) -> dict[str,
             target=decode_process, args=(case, server.getsockname()[1], args), daemon=True
         )
         process.start()
+        server.settimeout(300)  # loading a model is part of it; a process that failed never comes
         connection, _ = server.accept()
+        connection.settimeout(None)
     times: dict[str, dict[str, list[float]]] = {link.name: {} for link in links}
     with connection, connection.makefile() as answers:
         for repeat in range(args.repeats + 1):
