@@ -173,7 +173,7 @@ def plot_runs(runs: Sequence[Run], path: str | os.PathLike) -> Path | None:
     axes.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), color="#2f6fb0", s=36, zorder=2)
     for x, y, name in points:
         axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)
-    axes.scatter([1], [0], color="#33475b", s=36, zorder=2)
+    axes.scatter([1], [0], color="#33475b", s=36, zorder=2, clip_on=False)
     axes.annotate("dense", (1, 0), (-5, 5), textcoords="offset points", fontsize=8, ha="right")
     axes.set_ylim(bottom=0)
     axes.margins(x=0.12, y=0.12)

@@ -24,9 +24,11 @@ def plot_speed(cases: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> P
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
+    figure = new_figure(9.0, 6.2)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
     batches = sorted({case["batch_size"] for case in cases})
     lengths = sorted({case["prompt_tokens"] for case in cases})
-    figure = new_figure(9.0, 6.2)
     above, below = figure.subplots(2, 2, height_ratios=(1.2, 1))
     for axes, what, title in ((above[0], "ttft", "time to first token"), (above[1], "tpot", "time per output token")):
         for color, rows in zip(_COLORS * len(batches), batches, strict=False):
@@ -41,12 +43,15 @@ def plot_speed(cases: Sequence[Mapping[str, Any]], path: str | os.PathLike) -> P
         axes.plot([], [], "--", color="#777777", label="dense")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("prompt tokens", fontsize=9)
         axes.set_ylabel("ms (log scale)", fontsize=9)
-        axes.legend(frameon=False, fontsize=8)
+    handles, names = above[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False, fontsize=8)
     labels = [f"{case['prompt_tokens']:,} × {case['batch_size']}" for case in cases]
     for axes, what, limit, noun in (
         (below[0], "ttft", "prefill_flops", "FLOPs"),
