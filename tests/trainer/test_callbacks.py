@@ -65,9 +65,12 @@ def test_metrics_do_not_count_before_all_blocks_are_gone(plan):
     )
     removal.on_step_begin(None, state, None)
     assert state.best_metric is state.best_global_step is state.best_model_checkpoint is None
-    state.global_step, state.best_metric = 6, 2.0
+    state.global_step, state.best_metric = 5, 2.0  # measured after step 4
     removal.on_step_begin(None, state, None)
-    assert state.best_metric == 2.0
+    assert state.best_metric is None and removal.is_complete
+    state.global_step, state.best_metric = 6, 3.0
+    removal.on_step_begin(None, state, None)
+    assert state.best_metric == 3.0
 
 
 def test_checkpoint_of_other_rounds_is_refused(plan, tmp_path):

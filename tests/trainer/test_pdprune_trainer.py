@@ -430,8 +430,7 @@ def test_bad_data_is_an_error_before_training(tiny_llama, plan, tmp_path, tiny_t
 
 
 def test_adapter_without_a_block_of_the_stage_is_an_error(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
-    config = LoraConfig(target_modules="all-linear", layers_to_transform=[3], layers_pattern="layers")
-    config.target_modules = ["q_proj"]
+    config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[3])
     with pytest.raises(ValueError, match="touches no block"):
         PDPruneTrainer(
             tiny_llama,
@@ -480,7 +479,7 @@ def test_metrics_early_stopping_and_best_model(tiny_llama, plan, rows, tmp_path,
         load_best_model_at_end=True,
         metric_for_best_model="eval_kl",
         greater_is_better=False,
-        learning_rate=1e-9,
+        learning_rate=0.0,
         removal_rounds=2,
         report_to="none",
         use_cpu=True,

@@ -122,9 +122,9 @@ class BlockRemovalCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.move_to(state.global_step, state.max_steps)
-        if not self.is_complete:
+        if not self.is_complete:  # nor was it when the last metric was measured, after the step before this one
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self.move_to(state.global_step, state.max_steps)
 
     def move_to(self, step: int, max_steps: int) -> None:
         """Removes what is to be missing at a step."""

@@ -181,6 +181,7 @@ class PDPruneTrainer(SFTTrainer):
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             self.removal.load(resume_from_checkpoint)
+            self.removal.move_to(max(state.global_step - 1, 0), state.max_steps)  # as it was when it was saved
             steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
             if state.global_step >= steps:  # Trainer would do one step more
                 self._load_from_checkpoint(resume_from_checkpoint)
