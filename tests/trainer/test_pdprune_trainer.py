@@ -189,7 +189,8 @@ def test_training_starts_from_the_closed_form_where_it_is_asked_for(
     options = {"local_distillation_tokens": tokens, "learning_rate": 0.0, "max_steps": 1}
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, **options)
     trainer.train()
-    changed = [name for name, p in adapters_of(trainer).items() if "lora_B" in name and p.abs().sum() > 0]
+    parameters = trainer.model.named_parameters()
+    changed = [name for name, p in parameters if "lora_B" in name and p.abs().sum() > 0]
     assert bool(changed) == bool(tokens)
     assert all(".mlp." in name for name in changed)
 
@@ -503,3 +504,27 @@ def test_metrics_early_stopping_and_best_model(tiny_llama, plan, rows, tmp_path,
     # The evaluation before the last round (fewer blocks missing, so better) is not the best one.
     assert trainer.state.best_global_step == 4 and trainer.state.global_step == 6
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, plan, rows, tmp_path, tiny_tokenizer, trained):
+    def lora_of(trainer):
+        return {name.split("model.model.")[1]: p for name, p in trainer.model.named_parameters() if "lora" in name}
+
+    options = {"local_distillation_tokens": 384, "train_fitted_layers": trained}
+    options |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tiny_model("llama"), plan, rows, tmp_path, tiny_tokenizer, **options)
+    whole.train()
+    fixed = {name for name, p in lora_of(whole).items() if not p.requires_grad}
+    fitted = {
+        f"layers.{block}.mlp.{name}_proj.lora_{part}.{stage}.weight"
+        for block, stage in ((2, "prefill"), (1, "decode"))  # those before the gaps
+        for name in ("gate", "up", "down")
+        for part in "AB"
+    }
+    assert fixed == (set() if trained else fitted)
+    resumed = make_trainer(tiny_model("llama"), plan, rows, tmp_path, tiny_tokenizer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name, parameter in lora_of(resumed).items():
+        torch.testing.assert_close(parameter, lora_of(whole)[name], msg=name)
+        assert parameter.requires_grad == (name not in fixed)

@@ -80,6 +80,9 @@ class PDPruneConfig(SFTConfig):
         local_distillation_rank (`int`, *optional*):
             Rank of the adapter in the layers that are fitted (the MLPs before gaps). Default: the hidden size, with
             which an MLP can take over neurons of the missing blocks; with less, its last linear layer is corrected.
+        train_fitted_layers (`bool`, *optional*, defaults to `False`):
+            Whether layers that were fitted in closed form are trained on. They are of full rank and fitted on more
+            tokens than a step sees: at learning rates that the others need, training undoes the fit.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -160,6 +163,9 @@ class PDPruneConfig(SFTConfig):
     local_distillation_rank: int | None = field(
         default=None,
         metadata={"help": "Rank of the adapter in the layers that are fitted in closed form. Default: hidden size."},
+    )
+    train_fitted_layers: bool = field(
+        default=False, metadata={"help": "Whether layers that were fitted in closed form are trained on."}
     )
 
     def __post_init__(self):

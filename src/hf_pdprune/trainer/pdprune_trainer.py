@@ -188,12 +188,29 @@ class PDPruneTrainer(SFTTrainer):
                 self.state = state
                 self.removal.move_to(state.global_step, state.max_steps)
                 return TrainOutput(state.global_step, 0.0, {})
-        elif self.args.local_distillation_tokens and not self.args.full_finetuning:
-            if all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
-                self.fit_residuals(self.args.local_distillation_tokens)
+        elif self._fits_residuals():
+            self.fit_residuals(self.args.local_distillation_tokens)
+        if self._fits_residuals() and not self.args.train_fitted_layers:
+            self._freeze_fitted_layers()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.removal.move_to(self.state.global_step, self.state.max_steps)
         return result
+
+    def _fits_residuals(self) -> bool:
+        """Whether adapters start from a fit in closed form."""
+        if not self.args.local_distillation_tokens or self.args.full_finetuning:
+            return False
+        return all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained)
+
+    def _freeze_fitted_layers(self) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        few = torch.arange(min(8, model.config.get_text_config().vocab_size)).unsqueeze(0)
+        fit = ResidualFit(model, [few.to(model.get_input_embeddings().weight.device)])
+        for adapter in self.stage_adapters.trained:
+            stage = self.stage_adapters.stages_of(adapter)[0]
+            missing = self.removal.plan_of_round(1).stage(stage).missing_blocks
+            for parameter in fit.fitted_parameters(missing, adapter):
+                parameter.requires_grad_(False)
 
     def fit_residuals(self, num_tokens: int) -> None:
         """
@@ -362,9 +379,11 @@ class PDPruneTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
+        learning = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if isinstance(self.model, PeftModel):  # Trainer freezes every adapter but the first when it has loaded several
-            self.stage_adapters.let_learn(self.model)
+        for name, parameter in self.model.named_parameters():
+            # Trainer freezes every adapter but the first when it has loaded several.
+            parameter.requires_grad_(name in learning)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):

@@ -86,6 +86,18 @@ class ResidualFit:
         logger.info("local distillation of %s: %s of the squared error is left per block", adapter, left)
         return left
 
+    def fitted_parameters(self, missing_blocks: Collection[int], adapter: str) -> list[nn.Parameter]:
+        """The parameters of an adapter that [`ResidualFit.fit`] sets; arguments as there."""
+        layers: list[BaseTunerLayer] = []
+        with evaluating(self.model):
+            hidden = self._advance([None] * len(self.input_ids), (), None)[0]
+            for block, gap in blocks_before_gaps(self.total_blocks, missing_blocks).items():
+                layer = self._residual_layer(block, adapter, hidden)
+                if layer is not None:
+                    own, others = self._neurons(block, gap, adapter, hidden)
+                    layers += [layer, *(own.input_layers.values() if others else ())]
+        return [part[adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
+
     def _fit_block(
         self,
         block: int,
