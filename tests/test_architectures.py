@@ -32,6 +32,11 @@ def test_refused_with_a_reason(model_type, tmp_path):
     assert "this architecture derives it from the block's number" in finding.detail and len(saved) <= 1
 
 
+def test_weights_of_blocks_in_several_lists():
+    with pytest.raises(ValueError, match="XLMWithLMHeadModel has weights of its blocks outside of"):
+        remove_blocks(tiny_model("xlm"), (2,))
+
+
 def test_kv_entries_that_other_blocks_reuse():
     model = tiny_model("gemma3n_text")  # the last two reuse those of blocks 2 and 3
     for act in (lambda: remove_blocks(model, (2,)), lambda: bypass_blocks(model, (2,)).__enter__()):

@@ -238,7 +238,15 @@ def empty_shorter(model: PreTrainedModel, blocks: Iterable[int]) -> tuple[PreTra
     check_attention_is_left(model.config, kept)
     shorter = empty_like(model, shortened_config(model.config, kept))
     # Compared with an empty dense model, since the blocks of this one may be wrapped (adapters, quantisation).
-    check_same_blocks(get_blocks(empty_like(model, copy.deepcopy(model.config))), get_blocks(shorter), kept)
+    dense = empty_like(model, copy.deepcopy(model.config))
+    check_same_blocks(get_blocks(dense), get_blocks(shorter), kept)
+    names, expected = shortened_names(dense.state_dict(), blocks_path(dense), kept), shorter.state_dict()
+    strange = sorted(names.keys() ^ expected.keys())
+    if strange:
+        raise ValueError(
+            f"{type(model).__name__} has weights of its blocks outside of {blocks_path(dense)} ({strange[0]}), so its "
+            "blocks cannot be removed"
+        )
     return shorter.eval(), kept
 
 
