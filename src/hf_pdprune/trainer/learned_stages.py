@@ -61,7 +61,7 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters  # it is installed where weights are partitioned by it
+    import deepspeed  # it is installed where weights are partitioned by it
 
-    with GatheredParameters(partitioned):
+    with deepspeed.zero.GatheredParameters(partitioned):
         yield
