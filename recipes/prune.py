@@ -53,8 +53,8 @@ TRAINING_SETTINGS = (
     "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
     "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
     "train_fitted_layers", "stage", "full_finetuning", "removal_fade_steps", "search_in_rounds",
-    "round_search_examples", "distillation_mixture", "distillation_top_k", "distillation_weight", "cross_entropy_weight",
-    "hidden_matching_weight", "hidden_matching_blocks",
+    "round_search_examples", "distillation_mixture", "distillation_top_k", "distillation_weight",
+    "cross_entropy_weight", "hidden_matching_weight", "hidden_matching_blocks",
 )  # fmt: skip
 
 
