@@ -1,6 +1,8 @@
-"""LeastSquares: ridge regression from sums of products, with the ridge that serves held-out rows best."""
+"""LeastSquares: the regression that local distillation solves, its ridge chosen on held-out rows."""
 
 import torch
+
+from ..search.reduced_rank import Sums, best_ridge, reduced_rank, ridge_regression
 
 
 # Ridges that are tried, relative to the mean of the features' squares.
@@ -15,14 +17,14 @@ _KEPT_PER_ROUND = 0.8
 
 class LeastSquares:
     """
-    Finds D with features @ D near to targets: D = (A'A + ridge)^-1 (A'R). Only sums of products are kept, so memory
-    does not grow with the text. The ridge, a share of the mean square of the features, is the one of a few with which
-    the rows held out (every fifth) are explained best by the others; the result then uses all rows.
+    Finds what brings features nearest to targets. Only sums of products are kept, so memory does not grow with the
+    text. The ridge is the one of a few with which the rows held out (every fifth) are explained best by the others;
+    results then use all rows.
     """
 
     def __init__(self):
         self.rows = 0
-        self.sums: dict[bool, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.sums: dict[bool, Sums] = {}
 
     def add(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         """
@@ -37,42 +39,24 @@ class LeastSquares:
         for held_out in (False, True):
             chosen = (numbers == _HELD_OUT - 1) == held_out
             if chosen.any():
-                a, r = features[chosen].flatten(0, 1), targets[chosen].flatten(0, 1)
-                gram, cross = self.sums.get(held_out, (0.0, 0.0))
-                self.sums[held_out] = (gram + a.T @ a, cross + a.T @ r)
+                more = Sums.of(features[chosen].flatten(0, 1), targets[chosen].flatten(0, 1))
+                self.sums[held_out] = self.sums[held_out] + more if held_out in self.sums else more
 
-    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """A'A, shape `(num_features, num_features)`, and A'R, shape `(num_features, hidden_size)`, of all rows."""
-        return tuple(sum(part) for part in zip(*self.sums.values(), strict=True))
+    def totals(self) -> Sums:
+        """The sums of all rows."""
+        first, *others = self.sums.values()
+        return first + others[0] if others else first
 
     def ridge(self) -> float:
-        """The ridge that serves held-out rows best, to be added to the diagonal of A'A of all rows."""
-        gram, _ = self.totals()
-        share = _DEFAULT_RIDGE
-        if len(self.sums) == 2:
-            own, cross = self.sums[False]
-            held_gram, held_cross = self.sums[True]
-
-            def error(share: float) -> float:  # on held-out rows, but for a constant
-                solution = _solve(own, cross, share * own.diagonal().mean())
-                return (solution * (held_gram @ solution - 2 * held_cross)).sum().item()
-
-            share = min(_RIDGES, key=error)
-        return share * gram.diagonal().mean().item()
+        """The ridge that serves held-out rows best, as a share of the mean of the features' squares."""
+        if len(self.sums) < 2:
+            return _DEFAULT_RIDGE
+        return best_ridge(self.sums[False], self.sums[True], _RIDGES)[0]
 
     def reduced_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """
-        The solution of at most `rank` that is best on these rows: the full one, projected on the leading eigenvectors
-        of D'(A'A)D (Izenman 1975).
-
-        Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: Factors of shapes `(rank, num_features)` and `(hidden_size, rank)`,
-            where a rank beyond the hidden size is the hidden size.
-        """
-        gram, cross = self.totals()
-        solution = _solve(gram, cross, self.ridge())
-        leading = torch.linalg.eigh((solution.T @ gram @ solution).double()).eigenvectors[:, -rank:].to(solution.dtype)
-        return (solution @ leading).T, leading
+        """The factors of the best solution of a given rank, see [`~search.reduced_rank.reduced_rank`]."""
+        sums = self.totals()
+        return reduced_rank(sums, ridge_regression(sums, self.ridge()), rank)
 
     def best_features(self, prior: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -90,22 +74,17 @@ class LeastSquares:
             `tuple[torch.Tensor, torch.Tensor]`: The chosen features in their order, shape `(count,)`, and what each
             counts, shape `(count, hidden_size)`.
         """
-        gram, cross = self.totals()
-        ridge = self.ridge()
-        cross = cross + gram @ prior
-        chosen = torch.arange(len(gram), device=gram.device)
+        sums = self.totals()
+        ridge = self.ridge() * float(sums.gram.diagonal().mean())
+        wanted = sums.cross + sums.gram @ prior + ridge * prior
+        chosen = torch.arange(len(prior), device=prior.device)
         while len(chosen) > count:
-            inverse = torch.cholesky_inverse(_cholesky(gram[chosen][:, chosen], ridge))
-            solution = inverse @ (cross[chosen] + ridge * prior[chosen])
-            cost = solution.pow(2).sum(-1) / inverse.diagonal()
+            inverse = torch.cholesky_inverse(_cholesky(sums.gram[chosen][:, chosen], ridge))
+            cost = (inverse @ wanted[chosen]).pow(2).sum(-1) / inverse.diagonal()
             kept = cost.topk(max(count, int(_KEPT_PER_ROUND * len(chosen)))).indices
             chosen = chosen[kept.sort().values]
-        return chosen, _solve(gram[chosen][:, chosen], cross[chosen] + ridge * prior[chosen], ridge)
+        return chosen, torch.cholesky_solve(wanted[chosen], _cholesky(sums.gram[chosen][:, chosen], ridge))
 
 
-def _cholesky(gram: torch.Tensor, ridge: float | torch.Tensor) -> torch.Tensor:
+def _cholesky(gram: torch.Tensor, ridge: float) -> torch.Tensor:
     return torch.linalg.cholesky(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-
-
-def _solve(gram: torch.Tensor, cross: torch.Tensor, ridge: float | torch.Tensor) -> torch.Tensor:
-    return torch.cholesky_solve(cross, _cholesky(gram, ridge))

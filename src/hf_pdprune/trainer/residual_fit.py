@@ -129,7 +129,8 @@ class ResidualFit:
                     features = torch.cat([features, more], dim=-1)
             problem.add(features.float() * weight, missing * weight)
         if not others:
-            _set_low_rank(layer, adapter, *problem.reduced_rank(layer.r[adapter]))
+            down, up = problem.reduced_rank(layer.r[adapter])
+            _set_factors(layer, adapter, down / layer.scaling[adapter], up)
             return error
         columns = torch.cat([neurons.columns for neurons in (own, *others)]).float()
         chosen, columns = problem.best_features(columns, len(own.columns))
@@ -264,13 +265,6 @@ def _set_delta(layer: BaseTunerLayer, adapter: str, delta: torch.Tensor) -> None
     left, values, right = torch.linalg.svd(delta.float() / layer.scaling[adapter], full_matrices=False)
     # Shared out evenly: gradients of both factors are then of about one size.
     _set_factors(layer, adapter, values.sqrt()[:, None] * right, left * values.sqrt())
-
-
-def _set_low_rank(layer: BaseTunerLayer, adapter: str, down: torch.Tensor, up: torch.Tensor) -> None:
-    """Makes the adapter add `up @ down` to what the layer returns."""
-    down = down / layer.scaling[adapter]
-    balance = (down.norm() / up.norm()).sqrt() if down.any() else torch.ones_like(down[0, 0])
-    _set_factors(layer, adapter, down / balance, up * balance)
 
 
 def _set_factors(layer: BaseTunerLayer, adapter: str, down: torch.Tensor, up: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from tqdm.auto import tqdm
 
 from ..plan import PruningPlan
 from ..search import Calibration, Objective
-from ..search.moves import with_removed
+from ..search.operations import with_removed
 
 
 class RoundSearch:
