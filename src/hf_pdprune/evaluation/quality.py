@@ -154,12 +154,13 @@ def compare_quality(
 
 def handing_over_all_tokens(stage: Stage) -> Stage:
     """The same stage by a plan without token-aware blocks; the weights are shared."""
-    plan = replace(stage.plan, kv=replace(stage.plan.kv, token_aware_blocks=()))
-    model = stage.model
-    module = None if stage.module is model else stage.module
-    if getattr(model.config, "pdprune", None) is not None:
+    same = copy.copy(stage)  # with what else it was made with: adapter, quantisation
+    same.plan = replace(stage.plan, kv=replace(stage.plan.kv, token_aware_blocks=()))
+    if getattr(stage.model.config, "pdprune", None) is not None:
         # A stage checkpoint says in its config by which plan it was made: a shallow copy says otherwise.
-        model = copy.copy(model)
-        model.config = copy.deepcopy(model.config)
-        model.config.pdprune = plan.config_entry(stage.name, stage.fingerprint)
-    return type(stage)(model, plan, stage.adapter, module)
+        same.model = copy.copy(stage.model)
+        same.model.config = copy.deepcopy(stage.model.config)
+        same.model.config.pdprune = same.plan.config_entry(stage.name, stage.fingerprint)
+        if stage.module is stage.model:
+            same.module = same.model
+    return same

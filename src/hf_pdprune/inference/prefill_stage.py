@@ -18,7 +18,7 @@ class PrefillStage(Stage):
     Reads prompts, generates the first token, and hands over the KV entries that the plan selects.
 
     Args:
-        model, plan, adapter, module: As for [`Stage`].
+        model, plan, adapter, module, fingerprint: As for [`Stage`].
         quantization (`str`, *optional*): `"fp8"`, `"int8"` or `"int4"`: payloads are quantised so, see
             [`KVPayload.quantized`]. It multiplies with what the plan leaves out.
 
@@ -39,11 +39,12 @@ class PrefillStage(Stage):
         plan: PruningPlan,
         adapter: str | None = None,
         module: nn.Module | None = None,
+        fingerprint: str | None = None,
         quantization: str | None = None,
     ):
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
-        super().__init__(model, plan, adapter, module)
+        super().__init__(model, plan, adapter, module, fingerprint)
         self.quantization = quantization
 
     @torch.no_grad()
