@@ -10,6 +10,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 
 from .shortened_config import check_attention_is_left, num_blocks, shortened_config, text_config_of
 
@@ -253,7 +254,8 @@ def empty_shorter(model: PreTrainedModel, blocks: Iterable[int]) -> tuple[PreTra
 def empty_like(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class for `config`, with buffers on the model's device and parameters on the meta device."""
     config._attn_implementation = model.config._attn_implementation
-    with init_empty_weights(include_buffers=False):
+    # ZeRO-3 would partition the empty weights, of which there is nothing.
+    with set_zero3_state(), init_empty_weights(include_buffers=False):
         empty = type(model)._from_config(config, dtype=model.dtype)
     for module in empty.modules():
         for name, buffer in module._buffers.items():

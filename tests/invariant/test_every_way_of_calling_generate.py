@@ -13,8 +13,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from conftest import ARCHITECTURES  # noqa: E402
 from masked_reference import masked_generate, random_prompts, with_completion  # noqa: E402
+from tiny_configs import ARCHITECTURES  # noqa: E402
 from transformers import StoppingCriteria  # noqa: E402
 from transformers.generation.streamers import BaseStreamer  # noqa: E402
 

@@ -8,6 +8,7 @@ from trl import SFTConfig
 from ..plan import PruningPlan
 from .losses import DISTILLATION_LOSSES
 from .stage_adapters import STAGE_ADAPTERS
+from .token_losses import TokenLosses
 
 
 @dataclass
@@ -195,6 +196,18 @@ class PDPruneConfig(SFTConfig):
                 "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined "
                 "text into rows of max_length): each row needs a prompt and a completion of its own"
             )
+
+    def token_losses(self) -> TokenLosses:
+        """The loss of completion tokens that these options describe."""
+        return TokenLosses(
+            self.distillation_loss,
+            self.distillation_temperature,
+            self.distillation_mixture,
+            self.distillation_top_k,
+            self.distillation_weight,
+            self.cross_entropy_weight,
+            self.logits_chunk_tokens,
+        )
 
     def _check_ranges(self) -> None:
         least = {

@@ -22,15 +22,15 @@ from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
 from ..search import SearchConfig
+from .adapted_model import add_adapters
 from .callbacks import BlockRemovalCallback
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
 from .learned_stages import export_learned_stages, shared_fingerprint, whole_weights
+from .local_distillation import LocalDistillation
 from .pdprune_config import PDPruneConfig
-from .residual_fit import ResidualFit
 from .round_search import RoundSearch
-from .stage_adapters import STAGE_ADAPTERS, default_lora
-from .token_losses import TokenLosses
+from .stage_adapters import STAGE_ADAPTERS
 from .training_checkpoint import DivergenceError, begin_checkpoint, check_adapters, last_complete_checkpoint
 from .training_data import check_given_rows, check_prepared_rows
 from .training_metrics import TrainingMetrics
@@ -107,7 +107,7 @@ class PDPruneTrainer(SFTTrainer):
             self.dense_model = model.requires_grad_(False)
             model = copy.deepcopy(model).requires_grad_(True)
         else:
-            model = self._with_adapters(model, plan, args, peft_config)
+            model = add_adapters(model, plan, args, peft_config)
         pad_token_id = processing_class.pad_token_id if processing_class is not None else None
         if pad_token_id is None:
             pad_token_id = model.config.get_text_config().eos_token_id or 0
@@ -144,20 +144,6 @@ class PDPruneTrainer(SFTTrainer):
         """What is removed in the end."""
         return self.removal.final_plan
 
-    def _with_adapters(
-        self, model: nn.Module, plan: PruningPlan, args: PDPruneConfig, peft_config: PeftConfig | None
-    ) -> PeftModel:
-        """The model with the adapters that learn, and with no others trainable."""
-        config = peft_config or default_lora(args.lora_rank, args.lora_alpha)
-        kwargs = {}
-        if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-            kwargs["autocast_adapter_dtype"] = False  # ZeRO-3 gathers parameters of one dtype only, see SFTTrainer
-        skip_missing_blocks = peft_config is None and not args.search_in_rounds
-        fitted_rank = None
-        if peft_config is None and args.local_distillation_tokens:
-            fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
-        return self.stage_adapters.add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
-
     def _check_distributed(self) -> None:
         """Raises a `ValueError` if something needs whole weights where they are partitioned."""
         kind = str(self.accelerator.distributed_type).rpartition(".")[2]
@@ -188,51 +174,26 @@ class PDPruneTrainer(SFTTrainer):
                 self.state = state
                 self.removal.move_to(state.global_step, state.max_steps)
                 return TrainOutput(state.global_step, 0.0, {})
-        elif self._fits_residuals():
-            self.fit_residuals(self.args.local_distillation_tokens)
-        if self._fits_residuals() and not self.args.train_fitted_layers:
-            self._freeze_fitted_layers()
+        self._distil_locally(is_resumed=bool(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.removal.move_to(self.state.global_step, self.state.max_steps)
         return result
 
-    def _fits_residuals(self) -> bool:
-        """Whether adapters start from a fit in closed form."""
-        if not self.args.local_distillation_tokens or self.args.full_finetuning:
-            return False
-        return all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained)
-
-    def _freeze_fitted_layers(self) -> None:
-        model = self.accelerator.unwrap_model(self.model)
-        few = torch.arange(min(8, model.config.get_text_config().vocab_size)).unsqueeze(0)
-        fit = ResidualFit(model, [few.to(model.get_input_embeddings().weight.device)])
-        for adapter in self.stage_adapters.trained:
-            stage = self.stage_adapters.stages_of(adapter)[0]
-            missing = self.removal.plan_of_round(1).stage(stage).missing_blocks
-            for parameter in fit.fitted_parameters(missing, adapter):
-                parameter.requires_grad_(False)
-
-    def fit_residuals(self, num_tokens: int) -> None:
-        """
-        Starts the adapters that learn from a fit in closed form (see [`ResidualFit`]).
-
-        Args:
-            num_tokens (`int`): Tokens of the training set that are used, in rows of equal length.
-        """
-        length = min(512, self.args.max_length or 512)
-        tokens: list[int] = []
-        for row in self.train_dataset:
-            tokens += row["input_ids"]
-            if len(tokens) >= num_tokens:
-                break
-        length = min(length, len(tokens))
-        rows = torch.tensor(tokens[: min(num_tokens, len(tokens)) // length * length]).view(-1, length)
-        model = self.accelerator.unwrap_model(self.model)
-        rows = rows.to(model.get_input_embeddings().weight.device)
-        fit = ResidualFit(model, rows.split(max(1, 4096 // length)))
-        for adapter in self.stage_adapters.trained:
-            stage = self.stage_adapters.stages_of(adapter)[0]
-            fit.fit(self.removal.current_plan.stage(stage).missing_blocks, adapter)
+    def _distil_locally(self, is_resumed: bool) -> None:
+        """Starts the adapters from a fit in closed form; what was fitted is not trained on."""
+        args = self.args
+        if not args.local_distillation_tokens or args.full_finetuning:
+            return
+        if not all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
+            return
+        model, plan = self.accelerator.unwrap_model(self.model), self.removal.plan_of_round(1)
+        distillation = LocalDistillation(model, plan, self.stage_adapters, args.max_length)
+        if not is_resumed:
+            distillation.fit(self.train_dataset, args.local_distillation_tokens)
+        if self._is_sharded and self.is_deepspeed_enabled:
+            logger.warning("ZeRO-3 leaves frozen parameters out of its checkpoints: fitted layers are trained on")
+        elif not args.train_fitted_layers:
+            distillation.freeze()
 
     def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """The plan of the next round, chosen with what the adapters have learned (see [`RoundSearch`])."""
@@ -278,15 +239,7 @@ class PDPruneTrainer(SFTTrainer):
             dense=self.dense_model or self.accelerator.unwrap_model(self.model),
             prefill=prefill,
             decode=decode,
-            losses=TokenLosses(
-                args.distillation_loss,
-                args.distillation_temperature,
-                args.distillation_mixture,
-                args.distillation_top_k,
-                args.distillation_weight,
-                args.cross_entropy_weight,
-                args.logits_chunk_tokens,
-            ),
+            losses=args.token_losses(),
             matching=HiddenMatching(plan, args.hidden_matching_blocks) if args.hidden_matching_weight else None,
             matching_weight=args.hidden_matching_weight,
             scales=self.removal.scales,

@@ -1,0 +1,66 @@
+"""LocalDistillation: the adapters' start in closed form, before the first step of a training."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from ..plan import PruningPlan
+from .residual_fit import ResidualFit
+from .stage_adapters import StageAdapters
+
+
+# Rows need not be longer: what is fitted follows from the tokens around a token.
+_MAX_ROW_TOKENS = 512
+_TOKENS_PER_FORWARD = 4096
+
+
+class LocalDistillation:
+    """
+    Fits the adapters that learn to what the first round removes (see [`ResidualFit`]).
+
+    Args:
+        model (`nn.Module`): The dense model with adapters.
+        plan ([`PruningPlan`]): What is removed in the first round.
+        adapters ([`StageAdapters`]): Which adapter each stage applies, and which of them learn.
+        max_length (`int`, *optional*): Longest row in tokens.
+    """
+
+    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters, max_length: int | None = None):
+        self.model = model
+        self.missing_blocks = {
+            adapter: plan.stage(adapters.stages_of(adapter)[0]).missing_blocks for adapter in adapters.trained
+        }
+        self.max_length = min(_MAX_ROW_TOKENS, max_length or _MAX_ROW_TOKENS)
+
+    def fit(self, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
+        """
+        Sets the adapters.
+
+        Args:
+            rows (`Iterable[dict]`): Training rows with `input_ids`.
+            num_tokens (`int`): Tokens of them that are used, in rows of equal length.
+        """
+        tokens: list[int] = []
+        for row in rows:
+            tokens += row["input_ids"]
+            if len(tokens) >= num_tokens:
+                break
+        tokens = tokens[:num_tokens]
+        length = min(self.max_length, len(tokens))
+        batch = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length).to(self._device)
+        fit = ResidualFit(self.model, batch.split(max(1, _TOKENS_PER_FORWARD // length)))
+        for adapter, missing in self.missing_blocks.items():
+            fit.fit(missing, adapter)
+
+    def freeze(self) -> None:
+        """Lets the layers that are fitted learn no more. A resumed training, too, freezes them: it needs no data."""
+        few = torch.arange(min(8, self.model.config.get_text_config().vocab_size), device=self._device)
+        fit = ResidualFit(self.model, [few.unsqueeze(0)])
+        for adapter, missing in self.missing_blocks.items():
+            for parameter in fit.fitted_parameters(missing, adapter):
+                parameter.requires_grad_(False)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
