@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # More arguments for pytest, e.g. make test PYTEST_ARGS="-x -k cache"
 PYTEST_ARGS ?=
+# Processes that tests run in; each takes about 2 GiB.
+TEST_PROCESSES ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -51,7 +53,7 @@ docs: setup ## write docs/architectures.md: what becomes of every architecture (
 	$(BIN)/python tests/architecture_walk.py
 
 test: setup ## run the tests that need neither network nor accelerator nor much time
-	$(BIN)/python -m pytest -m "not network and not gpu and not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) -m "not network and not gpu and not slow" $(PYTEST_ARGS)
 
 test-slow: setup ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not network and not gpu" $(PYTEST_ARGS)
