@@ -26,7 +26,7 @@ from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 TOKENS, BATCH = 512, int(os.environ.get("BATCH", "2"))
 COMMON = {
-    "output_dir": "/tmp/measure_training",
+    "output_dir": "outputs/measure_training",
     "max_steps": 1,
     "per_device_train_batch_size": BATCH,
     "max_length": TOKENS,
