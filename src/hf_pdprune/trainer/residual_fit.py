@@ -262,9 +262,12 @@ def _takes_any_delta(layer: nn.Module, adapter: str) -> bool:
 
 def _set_delta(layer: BaseTunerLayer, adapter: str, delta: torch.Tensor) -> None:
     """Makes the adapter add `delta`, shape `(out_features, in_features)`, to the layer's weight."""
-    left, values, right = torch.linalg.svd(delta.float() / layer.scaling[adapter], full_matrices=False)
-    # Shared out evenly: gradients of both factors are then of about one size.
-    _set_factors(layer, adapter, values.sqrt()[:, None] * right, left * values.sqrt())
+    delta = delta.float() / layer.scaling[adapter]
+    identity = torch.eye(min(delta.shape), device=delta.device)
+    # Of about one size, so that gradients of both factors are too.
+    balance = (delta.norm() / identity.norm()).sqrt() if bool(delta.any()) else torch.ones_like(delta[0, 0])
+    factors = (delta / balance, identity * balance)
+    _set_factors(layer, adapter, *(factors if delta.shape[0] < delta.shape[1] else reversed(factors)))
 
 
 def _set_factors(layer: BaseTunerLayer, adapter: str, down: torch.Tensor, up: torch.Tensor) -> None:
