@@ -53,6 +53,11 @@ class LeastSquares:
             return _DEFAULT_RIDGE
         return best_ridge(self.sums[False], self.sums[True], _RIDGES)[0]
 
+    def squared_error(self, weight: torch.Tensor) -> float:
+        """What all rows' targets less features @ weight have in squares."""
+        sums = self.totals()
+        return max(0.0, sums.squares * sums.left_by(weight))
+
     def reduced_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of the best solution of a given rank, see [`~search.reduced_rank.reduced_rank`]."""
         sums = self.totals()
