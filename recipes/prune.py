@@ -32,6 +32,7 @@ from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
     compare_quality,
+    handing_over_all_tokens,
     read_results,
     write_report,
     write_results,
@@ -355,14 +356,19 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         for stage in healed:
             stage.model.to(model.device)
         pairs = {"unhealed": (PrefillStage(model, plan), DecodeStage(model, plan)), "healed": healed}
+        # In one go, so that the dense model reads the text once.
+        all_tokens = {f"{name}, all tokens": tuple(map(handing_over_all_tokens, pair)) for name, pair in pairs.items()}
+        quality = compare_quality(model, pairs | all_tokens, held_out)
         results = {
-            "quality": compare_quality(model, pairs, held_out),
-            "quality_all_tokens": compare_quality(model, pairs, held_out, token_aware=False),
+            "quality": {name: quality[name] for name in ("dense", *pairs)},
+            "quality_all_tokens": {
+                name: quality[key] for name, key in zip(("dense", *pairs), ("dense", *all_tokens), strict=True)
+            },
             **SpeedBenchmark(model, *healed, benchmark).run(),
             "distillation": read_json(folder / "distillation.json"),
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
-        del model, healed, pairs
+        del model, healed, pairs, all_tokens
         handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}
