@@ -71,3 +71,10 @@ def test_a_feature_left_out_is_made_up_for_by_its_twin(features):
     torch.testing.assert_close(
         columns[(chosen % 12).argsort()], torch.diag(torch.tensor([2.0] + 11 * [1.0])), atol=0.2, rtol=0.2
     )
+
+
+def test_squared_error_is_that_of_all_rows(features, generator):
+    targets = torch.randn(10, 40, 4, generator=generator)
+    weight = torch.randn(12, 4, generator=generator)
+    expected = (targets - features @ weight).pow(2).sum()
+    assert sums_of(features, targets).squared_error(weight) == pytest.approx(float(expected), rel=1e-4)

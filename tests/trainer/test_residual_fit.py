@@ -3,8 +3,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_pdprune.adapters import active_adapter
-from hf_pdprune.blocks import bypass_blocks
+from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.trainer import ResidualFit
+from hf_pdprune.trainer.least_squares import LeastSquares
 
 
 def adapted(model, rank=64):
@@ -121,3 +122,56 @@ def test_blocks_with_a_norm_behind_the_mlp_are_left_to_training(tiny_model, ids,
     before = hidden_states(model, ids, (3,), "stage")
     assert ResidualFit(model, ids.split(8)).fit((3,), "stage") == {}
     assert torch.equal(hidden_states(model, ids, (3,), "stage"), before)
+
+
+def test_left_is_what_is_missing_behind_the_gap(tiny_llama, ids):
+    """Block 1 comes right before the gap, so what reaches block 3 is what was fitted."""
+    model = adapted(tiny_llama)
+    left = ResidualFit(model, ids.split(8)).fit((2,), "stage")[1]
+
+    def after_gap(missing, adapter):
+        arrived = []
+        handle = get_blocks(model)[3].register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+        hidden_states(model, ids, missing, adapter)
+        handle.remove()
+        return arrived[0]
+
+    dense = after_gap((), None)
+    unhealed, healed = (
+        ((after_gap((2,), adapter) - dense) / dense.norm(dim=-1, keepdim=True)).pow(2).sum()
+        for adapter in (None, "stage")
+    )
+    assert left == pytest.approx(float(healed / unhealed), rel=1e-3)
+
+
+def test_stages_share_the_fit_of_a_gap_that_both_have(tiny_llama, ids, monkeypatch):
+    model = adapted(tiny_llama)
+    model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+    solved = []
+    solve = ResidualFit._take_over_neurons
+    monkeypatch.setattr(ResidualFit, "_take_over_neurons", lambda self, gap: solved.append(gap) or solve(self, gap))
+    fit = ResidualFit(model, ids.split(8))
+    left = fit.fit((2,), "stage"), fit.fit((2, 4), "other")
+    assert [gap.block for gap in solved] == [1, 3] and left[0][1] == left[1][1]
+    both = [hidden_states(model, ids, (2,), adapter) for adapter in ("stage", "other")]
+    assert not torch.equal(*both)  # "other" has changed block 3 too
+    alone = ResidualFit(model, ids.split(8)).fit((2, 4), "stage")
+    assert alone == pytest.approx(left[1]) and set(alone) == {1, 3}
+
+
+def test_neurons_are_chosen_on_some_tokens_and_counted_on_all(tiny_model, ids, monkeypatch):
+    chosen_on = []
+    best_features = LeastSquares.best_features
+
+    def spy(problem, prior, count):
+        chosen_on.append((problem.rows, len(prior)))
+        return best_features(problem, prior, count)
+
+    monkeypatch.setattr(LeastSquares, "best_features", spy)
+    left = {}
+    for tokens in (8 * 32, 16384):
+        monkeypatch.setattr("hf_pdprune.trainer.residual_fit._SELECTION_TOKENS", tokens)
+        left[tokens] = ResidualFit(adapted(tiny_model("llama")), ids.split(8)).fit((2,), "stage")[1]
+    width = tiny_model("llama").config.intermediate_size
+    assert chosen_on == [(8, 2 * width), (24, width), (24, 2 * width)]
+    assert 0 < left[8 * 32] < 1 and 0 < left[16384] < 1
