@@ -45,7 +45,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class BenchmarkArguments:
     """Which models are measured, and how they are loaded."""
 
-    stages: str | None = field(default=None, metadata={"help": "Folder with the stages prefill/ and decode/."})
+    stages: str | None = field(default=None, metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the results. Default: stages."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}

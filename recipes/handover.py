@@ -28,6 +28,7 @@ from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation.result_table import ResultTable, megabytes
 from hf_pdprune.inference import LINKS, DecodeStage, Link, PrefillStage, ThrottledSender, receive_frame
 from hf_pdprune.kv import QUANTIZATIONS, PayloadReader
+from hf_pdprune.pair_layout import stage_folders
 
 
 @dataclass
@@ -37,7 +38,7 @@ class HandoverArguments:
 
     Parameters:
         stages (`str`):
-            Folder with the stages prefill/ and decode/.
+            Folder of the pair, as recipes/prune.py writes it.
         dense (`str`, *optional*):
             The dense model: repo id or folder. Default: the one that the plan names.
         prompt_tokens (`int`, *optional*, defaults to `1024`):
@@ -56,7 +57,7 @@ class HandoverArguments:
             CPU threads of each process.
     """
 
-    stages: str = field(metadata={"help": "Folder with the stages prefill/ and decode/."})
+    stages: str = field(metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
     )
@@ -97,7 +98,7 @@ def cases(args: HandoverArguments) -> list[Case]:
     plan = PruningPlan.from_pretrained(folder)
     dense = args.dense or plan.base_model
     empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense), dense)
-    stages = str(folder / "prefill"), str(folder / "decode")
+    stages = [str(path) for path in stage_folders(folder).values()]
     return [
         Case("dense", dense, dense, empty),
         Case("plan", *stages, plan),

@@ -14,6 +14,7 @@ LAYERS = [
     "artefact_file",
     "shortened_config",
     "blocks",
+    "pair_layout",
     "plan",
     "fingerprint",
     "adapters",

@@ -64,19 +64,32 @@ seen["generated"] = {
 model = AutoModelForCausalLM.from_pretrained("me/tiny-decode")
 tokenizer = AutoTokenizer.from_pretrained("me/tiny-decode")
 seen["alone"] = [type(model).__name__, model.config.num_hidden_layers, tokenizer.decode(tokenizer("hi")["input_ids"])]
+push_stages_to_hub(sys.argv[3], "me/one", token=sys.argv[2])
+push_stages_to_hub(sys.argv[3], "me/one-folder", subfolders=True, token=sys.argv[2])
+seen["unified"] = [generated(sys.argv[3]), generated("me/one"), generated("me/one-folder")]
+seen["unified files"] = digests(snapshot_download("me/one-unified"))
+push_stages_to_hub(folder, "me/one", token=sys.argv[2])
+try:
+    load_stages("me/one")
+except ValueError as error:
+    seen["two pairs"] = str(error)
 print(json.dumps(seen))
 """
+
+
+def tiny_llama_and_tokenizer():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
+    config = AutoConfig.for_model("llama", num_hidden_layers=6, initializer_range=0.2, **sizes)
+    words = Tokenizer(models.WordLevel({"hi": 3, "?": 0}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?", eos_token="?")
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Folder of a pair whose weights take several files."""
     folder = tmp_path_factory.mktemp("pair")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
-    config = AutoConfig.for_model("llama", num_hidden_layers=6, initializer_range=0.2, **sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    words = Tokenizer(models.WordLevel({"hi": 3, "?": 0}, unk_token="?"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?", eos_token="?")
+    model, tokenizer = tiny_llama_and_tokenizer()
     stages = {"prefill": StagePlan((2,)), "decode": StagePlan((2, 4)), "kv": KVPlan((0, 3), 2, 4)}
     export_stages(
         model, PruningPlan.empty(model, "org/base", **stages), folder, tokenizer=tokenizer, max_shard_size="300KB"
@@ -88,14 +101,24 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pushed(pair, tmp_path_factory):
+def unified(tmp_path_factory):
+    """Folder of a unified model."""
+    folder = tmp_path_factory.mktemp("unified")
+    model, tokenizer = tiny_llama_and_tokenizer()
+    stages = {"prefill": StagePlan((2,)), "decode": StagePlan((2,)), "kv": KVPlan((0, 3), 2, 4)}
+    plan = PruningPlan.empty(model, "org/base", **stages)
+    return export_stages(model, plan, folder, tokenizer=tokenizer, layout=("unified",))
+
+
+@pytest.fixture(scope="module")
+def pushed(pair, unified, tmp_path_factory):
     """The server, what the client saw, all that the client wrote to its outputs, and its home."""
     home = tmp_path_factory.mktemp("home")
     with HubServer() as server:
         server.refuse_after = 2
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment.pop("HF_HUB_OFFLINE", None)
-        command = [sys.executable, "-c", CLIENT, str(pair), TOKEN]
+        command = [sys.executable, "-c", CLIENT, str(pair), TOKEN, str(unified)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return server, json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, home
@@ -130,6 +153,17 @@ def test_one_repo_with_subfolders(pair, pushed):
         assert {name: actual.get(name) for name in expected} == expected
     assert {"README.md", "pruning_plan.json", "prefill/README.md", "decode/pruning_plan.png"} <= actual.keys()
     assert seen["generated"]["subfolders"] == seen["generated"]["folder"]
+
+
+def test_unified_model(unified, pushed):
+    server, seen, _, _ = pushed
+    expected = published(unified / "unified")
+    assert {name: seen["unified files"][name] for name in expected} == expected
+    assert seen["unified"][0] == seen["unified"][1] == seen["unified"][2]
+    assert 'load_stages("me/one")' in server.repos["me/one-unified"].branches["main"]["README.md"].decode()
+    assert "unified/model.safetensors" in server.repos["me/one-folder"].branches["main"]
+    # One name with two pairs under it: neither is taken for the other.
+    assert "prefill and unified are both for the prefill stage" in seen["two pairs"]
 
 
 def test_interrupted_push_goes_on(pushed):

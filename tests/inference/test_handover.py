@@ -47,6 +47,15 @@ def test_two_processes_equal_one(tiny_llama, tiny_tokenizer, tmp_path):
     assert set(result["seconds"]) == {"prefill", "transfer", "decode"}
 
 
+def test_both_processes_load_a_unified_model(tiny_llama, tiny_tokenizer, tmp_path):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((3,)), decode=StagePlan((3,)))
+    export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer, layout=("unified",))
+    result = handover_between_processes(tmp_path, PROMPTS[:1], 6, num_threads=1)
+    inputs = tiny_tokenizer(PROMPTS[:1], return_tensors="pt")
+    expected = load_stages(tmp_path)[0].model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert result["sequences"] == expected.tolist()
+
+
 def test_failure_in_a_process_is_one_line(tiny_llama, tiny_tokenizer, tmp_path):
     tiny_llama.config.max_position_embeddings = 16
     export_stages(tiny_llama, PruningPlan.empty(tiny_llama, "tiny"), tmp_path, tokenizer=tiny_tokenizer)
