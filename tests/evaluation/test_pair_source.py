@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -61,6 +63,16 @@ def test_nothing_is_unpickled(tiny_llama, folder):
     torch.save(tiny_llama.state_dict(), folder / "pair" / "decode" / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         PairSource(prefill=str(folder / "pair" / "prefill"), decode=str(folder / "pair" / "decode")).load()
+
+
+def test_file_names_of_an_index_stay_in_the_folder(folder):
+    prefill, decode = folder / "pair" / "prefill", folder / "pair" / "decode"
+    (decode / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../other.safetensors"}}
+    (decode / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (PairSource(str(folder / "pair")), PairSource(prefill=str(prefill), decode=str(decode))):
+        with pytest.raises(ValueError, match="no safetensors file beside it"):
+            source.load()
 
 
 def test_the_empty_plan_is_the_dense_model(tiny_llama, folder):

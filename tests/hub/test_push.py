@@ -8,9 +8,10 @@ import sys
 import pytest
 from hub_server import TOKEN, HubServer
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_pdprune.hub import export_stages, push_stages_to_hub
+from hf_pdprune.hub.model_card import licence_in
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -114,14 +115,20 @@ def unified(tmp_path_factory):
 def pushed(pair, unified, tmp_path_factory):
     """The server, what the client saw, all that the client wrote to its outputs, and its home."""
     home = tmp_path_factory.mktemp("home")
+    done, server = run_client(CLIENT, [pair, unified], home, refuse_after=2)
+    return server, json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, home
+
+
+def run_client(script, folders, home, refuse_after=None):
+    """Runs a script with a folder, the token and more folders as its arguments, beside a server of its own."""
     with HubServer() as server:
-        server.refuse_after = 2
+        server.refuse_after = refuse_after
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment.pop("HF_HUB_OFFLINE", None)
-        command = [sys.executable, "-c", CLIENT, str(pair), TOKEN, str(unified)]
+        command = [sys.executable, "-c", script, str(folders[0]), TOKEN, *map(str, folders[1:])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    return server, json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, home
+    return done, server
 
 
 def published(folder):
@@ -215,3 +222,51 @@ def test_nothing_is_pushed_that_is_no_pair(pair, tmp_path):
     (tmp_path / "pair" / "decode" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="not of one pair"):
         push_stages_to_hub(tmp_path / "pair", "me/x")
+
+
+# Pushes, reads the cards from the Hub and runs what they say, as somebody would who has only the repo's name.
+CARD_READER = """
+import hashlib, json, re, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from huggingface_hub import ModelCard, snapshot_download
+from hf_pdprune.hub import push_stages_to_hub
+push_stages_to_hub(sys.argv[1], "me/smollm2", token=sys.argv[2])
+seen = {}
+for stage in ("prefill", "decode"):
+    folder = Path(snapshot_download(f"me/smollm2-{stage}"))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    card = ModelCard.load(f"me/smollm2-{stage}")
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    for code in re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL):
+        exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), {})
+    seen[stage] = {"files": digests, "licence": card.data.license, "base": card.data.base_model, "metrics": metrics}
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_real_model_comes_back_byte_for_byte(smollm2, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    decode = StagePlan((3, 4, 5, 7, 17, 25))
+    plan = PruningPlan.empty(
+        model,
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        prefill=StagePlan((3, 5, 17, 25)),
+        decode=decode,
+        kv=KVPlan((6, 8)),
+    )
+    folder = export_stages(model, plan, tmp_path / "pair", tokenizer=tokenizer, max_shard_size="200MB")
+    (folder / "results.json").write_text(json.dumps({"quality": {"unhealed": {"perplexity": 24.9, "kl": 0.714}}}))
+    done, server = run_client(CARD_READER, [folder], tmp_path)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    licence = licence_in(smollm2 / "README.md")
+    for stage in ("prefill", "decode"):
+        expected = published(folder / stage)
+        assert len([name for name in expected if name.endswith(".safetensors")]) == 3
+        assert {name: seen[stage]["files"].get(name) for name in expected} == expected
+        assert seen[stage]["base"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and seen[stage]["licence"] == licence
+        assert seen[stage]["metrics"] == {"perplexity": 24.9, "kl": 0.714}
+    assert "The capital of France is" in done.stdout

@@ -64,6 +64,14 @@ def test_failure_in_a_process_is_one_line(tiny_llama, tiny_tokenizer, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_index_that_leads_elsewhere_starts_no_process(tiny_llama, tmp_path):
+    export_stages(tiny_llama, PruningPlan.empty(tiny_llama, "tiny"), tmp_path)
+    index = tmp_path / "decode" / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "../../other.safetensors"}}')
+    with pytest.raises(ValueError, match="no safetensors file beside it"):
+        handover_between_processes(tmp_path, PROMPTS, 4)
+
+
 def test_bad_input_starts_no_process(tmp_path):
     with pytest.raises(FileNotFoundError, match="no prefill stage"):
         handover_between_processes(tmp_path, PROMPTS, 4)

@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..hub import load_stages
 from ..hub.adapter_checkpoint import add_adapters_of
+from ..hub.load_stages import StageLocation
 from ..inference import DecodeStage, PrefillStage
 from ..pair_layout import served_stages, stage_folders
 from ..plan import PruningPlan
@@ -117,4 +118,5 @@ def _config(name: str) -> PreTrainedConfig:
 
 def _model(name: str, **model_kwargs: Any) -> AutoModelForCausalLM:
     _config(name)  # its error is shorter than the weights' one
+    StageLocation(name).check_index()
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **model_kwargs).eval()

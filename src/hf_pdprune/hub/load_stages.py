@@ -3,16 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
 
-from ..artefact_file import read_json
 from ..inference import DecodeStage, PrefillStage
 from ..pair_layout import CHECKPOINTS, by_stage, checkpoint_folders, layout_of
 from ..plan import PLAN_FILE_NAME, PruningPlan
+from ..weight_files import check_weight_index
 from .adapter_checkpoint import load_adapters
 from .stage_checkpoint import pair_fingerprint
 
@@ -43,6 +42,12 @@ class StageLocation:
         return cached_file(
             self.path, name, subfolder=self.subfolder, _raise_exceptions_for_missing_entries=False, **hub_kwargs
         )
+
+    def check_index(self, **hub_kwargs: Any) -> None:
+        """Raises a `ValueError` if the index of the weight files, if any, names files that are not to be read."""
+        index = self.file(SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
+        if index is not None:
+            check_weight_index(index, self.name)
 
     def is_checkpoint(self, **hub_kwargs: Any) -> bool:
         """Whether there is a repo, and in it a config."""
@@ -96,7 +101,7 @@ def check_pair(plan: PruningPlan, locations: Mapping[str, StageLocation], **hub_
             location.path, subfolder=location.subfolder, trust_remote_code=False, **hub_kwargs
         )
         fingerprints.add(_check_checkpoint(plan, checkpoint, location.name, config))
-        _check_index(location, **hub_kwargs)
+        location.check_index(**hub_kwargs)
     if len(fingerprints) > 1:
         where = " and ".join(location.name for location in locations.values())
         raise ValueError(
@@ -122,22 +127,6 @@ def _check_checkpoint(plan: PruningPlan, checkpoint: str, name: str, config: Pre
     return entry["fingerprint"]
 
 
-def _check_index(location: StageLocation, **hub_kwargs: Any) -> None:
-    """Raises a `ValueError` if the index of the weight files names anything but safetensors files beside it."""
-    path = location.file(SAFE_WEIGHTS_INDEX_NAME, **hub_kwargs)
-    if path is None:
-        return
-    index = read_json(path)
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict):
-        raise ValueError(f"{location.name}: {SAFE_WEIGHTS_INDEX_NAME} has no weight_map")
-    for name in set(names.values()):
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(
-                f"{location.name}: {SAFE_WEIGHTS_INDEX_NAME} names {name!r}, no safetensors file beside it"
-            )
-
-
 def load_stages(
     source: str | os.PathLike, adapters: str | os.PathLike | None = None, **model_kwargs: Any
 ) -> tuple[PrefillStage, DecodeStage]:
@@ -160,17 +149,18 @@ def load_stages(
     if not model_kwargs.get("use_safetensors", True):
         raise ValueError("use_safetensors must be True: weights in other files are not read")
     model_kwargs["use_safetensors"] = True
+    hub_kwargs = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
     if adapters is not None:
+        StageLocation(str(source)).check_index(**hub_kwargs)
         model = AutoModelForCausalLM.from_pretrained(source, **model_kwargs).eval()
         model, plan, names = load_adapters(model, adapters)
         stages = (PrefillStage(model, plan, names.get("prefill")), DecodeStage(model, plan, names.get("decode")))
-        fingerprint = pair_fingerprint(model, names.values())
+        fingerprint = pair_fingerprint(model, names)
         for stage in stages:  # of this training, and the same as in an export of it
             stage.fingerprint = fingerprint
         return stages
     if model_kwargs.get("trust_remote_code"):
         raise ValueError("trust_remote_code is for a dense model; stage checkpoints need no code of their own")
-    hub_kwargs = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
     plan, locations = stage_locations(source, **hub_kwargs)
     check_pair(plan, locations, **hub_kwargs)
     model_kwargs["trust_remote_code"] = False  # not asked about either, which is what transformers does without it

@@ -1,7 +1,7 @@
 """Writes stage checkpoints: ordinary transformers checkpoints of the prefill and the decode stage."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapters import MergedWeights, adapter_parameters
 from ..blocks import blocks_path, empty_shorter, shortened_names, shortened_tensor
 from ..fingerprint import combined_fingerprint, model_fingerprint
-from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS
+from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS, by_stage, served_stages
 from ..plan import PLAN_FILE_NAME, PruningPlan
 from .folder_swap import FolderSwap, naming_folder
 from .model_card import licence_in, model_card
@@ -50,7 +50,9 @@ class StageBuilder:
             )
         plan.blocks_of(base.config)
         if fingerprint is None:
-            fingerprint = pair_fingerprint(model, [] if adapter is None else [adapter])
+            fingerprint = pair_fingerprint(
+                model, {} if adapter is None else dict.fromkeys(served_stages(stage), adapter)
+            )
         self.merged = MergedWeights(model, adapter)
         _check_tied_weights(base, self.merged)
         # Without weights: they are handed over one by one.
@@ -96,21 +98,21 @@ def _check_tied_weights(model: PreTrainedModel, merged: MergedWeights) -> None:
             raise ValueError(f"an adapter changes one of the tied weights {' and '.join(names)}; untie them first")
 
 
-def pair_fingerprint(model: nn.Module, adapters: Iterable[str]) -> str:
+def pair_fingerprint(model: nn.Module, adapters: Mapping[str, str]) -> str:
     """
     The fingerprint that both stages of a pair carry: of a sample of every weight of the dense model, and of what its
-    adapters have learned.
+    adapters have learned, whatever they are called.
 
     Args:
         model (`nn.Module`): The dense model, wrapped by peft or not.
-        adapters (`Iterable[str]`): The adapters; one that both stages apply counts once.
+        adapters (`Mapping[str, str]`): Name of the adapter of each stage that has one.
     """
     sampled = dict(MergedWeights(model, None))
-    for adapter in adapters:
+    for stage, adapter in adapters.items():
         parameters = adapter_parameters(model, adapter)
         if not parameters:
             raise ValueError(f"the model has no adapter {adapter!r}")
-        sampled |= parameters
+        sampled |= {f"{name}.".replace(f".{adapter}.", f".{stage}."): p for name, p in parameters.items()}
     return combined_fingerprint(model_fingerprint(model), sampled)
 
 
@@ -189,7 +191,9 @@ def export_stages(
     unknown = [checkpoint for checkpoint in adapters if checkpoint not in layout]
     if unknown:
         raise ValueError(f"adapters: unknown stage {unknown[0]!r}; this pair has {' and '.join(layout)}")
-    fingerprint = pair_fingerprint(model, [adapters[name] for name in layout if name in adapters])
+    fingerprint = pair_fingerprint(
+        model, {stage: adapters[name] for stage, name in by_stage(layout).items() if name in adapters}
+    )
     builders = {name: StageBuilder(model, plan, name, adapters.get(name), fingerprint) for name in layout}
     return export_pair(builders, plan, output_dir, tokenizer, overwrite, max_shard_size)
 

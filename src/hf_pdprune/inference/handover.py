@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..kv import KVPayload
 from ..pair_layout import stage_folders
 from ..plan import PruningPlan
+from ..weight_files import check_weight_index
 from .decode_stage import DecodeStage
 from .prefill_stage import PrefillStage
 
@@ -102,10 +104,13 @@ def handover_between_processes(
 
     Raises:
         `FileNotFoundError`: If a stage is not there.
-        `ValueError`: If there is no prompt.
+        `ValueError`: If there is no prompt, or the index of the weight files leads out of a stage's folder.
         `RuntimeError`: If one of the processes fails; it names the stage and its error.
     """
     folders = stage_folders(stages_folder)
+    for folder in folders.values():
+        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            check_weight_index(folder / SAFE_WEIGHTS_INDEX_NAME, str(folder))
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
     if max_new_tokens < 1:

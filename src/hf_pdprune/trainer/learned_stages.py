@@ -38,7 +38,7 @@ def export_learned_stages(
     sources = {checkpoint: by_name[served_stages(checkpoint)[0]] for checkpoint in layout}
     prefill, decode = stages
     if prefill.model is decode.model and (prefill.adapter or decode.adapter):
-        fingerprint = pair_fingerprint(prefill.model, [stage.adapter for stage in sources.values() if stage.adapter])
+        fingerprint = pair_fingerprint(prefill.model, {stage.name: stage.adapter for stage in stages if stage.adapter})
     else:
         fingerprint = prefill.fingerprint
         for stage in stages:
