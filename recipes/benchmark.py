@@ -80,7 +80,9 @@ class BenchmarkArguments:
 def load_dense(args: BenchmarkArguments, name: str, **model_kwargs: Any) -> PreTrainedModel:
     """The dense model in eval mode; a `ValueError` that names it where there is none."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=args.dense_revision, **model_kwargs).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=args.dense_revision, use_safetensors=True, **model_kwargs
+        ).eval()
     except OSError as error:
         raise ValueError(f"no dense model {name!r}: {str(error).splitlines()[0]}") from error
 

@@ -97,7 +97,7 @@ def cases(args: HandoverArguments) -> list[Case]:
     folder = Path(args.stages)
     plan = PruningPlan.from_pretrained(folder)
     dense = args.dense or plan.base_model
-    empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense), dense)
+    empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True), dense)
     stages = [str(path) for path in stage_folders(folder).values()]
     return [
         Case("dense", dense, dense, empty),
@@ -109,7 +109,8 @@ def cases(args: HandoverArguments) -> list[Case]:
 def decode_process(case: Case, port: int, args: HandoverArguments) -> None:
     """Takes payloads, whole ones and streams, and answers with the times at which it had what."""
     torch.set_num_threads(args.threads)
-    stage = DecodeStage(AutoModelForCausalLM.from_pretrained(case.decode, dtype="float32").eval(), case.plan)
+    model = AutoModelForCausalLM.from_pretrained(case.decode, dtype="float32", use_safetensors=True).eval()
+    stage = DecodeStage(model, case.plan)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         reader = PayloadReader(case.plan.digest)
         while frame := receive_frame(connection):
@@ -126,7 +127,7 @@ def decode_process(case: Case, port: int, args: HandoverArguments) -> None:
 
 def measure(case: Case, links: list[Link], args: HandoverArguments) -> dict[str, Any]:
     """The times of one kind of hand-over over each link, medians in seconds."""
-    model = AutoModelForCausalLM.from_pretrained(case.prefill, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(case.prefill, dtype="float32", use_safetensors=True).eval()
     stage = PrefillStage(model, case.plan, quantization=case.quantization)
     prompt = torch.randint(3, model.config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0))
     with socket.create_server(("127.0.0.1", 0)) as server:

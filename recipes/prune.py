@@ -185,7 +185,7 @@ def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
         model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision, dtype=dtype
+            args.model_name_or_path, revision=args.model_revision, dtype=dtype, use_safetensors=True
         )
     except OSError as error:
         raise ValueError(f"no model {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error

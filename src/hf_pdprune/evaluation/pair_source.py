@@ -119,4 +119,5 @@ def _config(name: str) -> PreTrainedConfig:
 def _model(name: str, **model_kwargs: Any) -> AutoModelForCausalLM:
     _config(name)  # its error is shorter than the weights' one
     StageLocation(name).check_index()
+    model_kwargs = {"trust_remote_code": False, **model_kwargs}
     return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **model_kwargs).eval()

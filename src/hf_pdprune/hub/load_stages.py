@@ -148,7 +148,7 @@ def load_stages(
     """
     if not model_kwargs.get("use_safetensors", True):
         raise ValueError("use_safetensors must be True: weights in other files are not read")
-    model_kwargs["use_safetensors"] = True
+    model_kwargs = {"trust_remote_code": False, **model_kwargs, "use_safetensors": True}
     hub_kwargs = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
     if adapters is not None:
         StageLocation(str(source)).check_index(**hub_kwargs)
@@ -159,11 +159,10 @@ def load_stages(
         for stage in stages:  # of this training, and the same as in an export of it
             stage.fingerprint = fingerprint
         return stages
-    if model_kwargs.get("trust_remote_code"):
+    if model_kwargs["trust_remote_code"]:
         raise ValueError("trust_remote_code is for a dense model; stage checkpoints need no code of their own")
     plan, locations = stage_locations(source, **hub_kwargs)
     check_pair(plan, locations, **hub_kwargs)
-    model_kwargs["trust_remote_code"] = False  # not asked about either, which is what transformers does without it
     models = {
         checkpoint: AutoModelForCausalLM.from_pretrained(
             location.path, subfolder=location.subfolder, **model_kwargs

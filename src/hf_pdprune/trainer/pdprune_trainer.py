@@ -83,7 +83,7 @@ class PDPruneTrainer(SFTTrainer):
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            model = create_model_from_path(model, **{"use_safetensors": True, **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
         plan.blocks_of(model.config)  # raises if the plan is of another model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
