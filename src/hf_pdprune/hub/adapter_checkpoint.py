@@ -106,7 +106,11 @@ def _checked_config(folder: Path) -> PeftConfig:
     kind = data.get("peft_type") if isinstance(data, dict) else None
     if kind != "LORA":
         raise ValueError(f"{folder / _CONFIG}: peft_type must be LORA, got {kind!r}")
-    for key in ("modules_to_save", "trainable_token_indices", "auto_mapping"):
+    for key in ("modules_to_save", "trainable_token_indices"):
         if data.get(key):
             raise ValueError(f"{folder / _CONFIG}: {key} is not supported")
+    mapping = data.get("auto_mapping")  # peft may import the module that it names
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if mapping and not str(library).startswith("transformers."):
+        raise ValueError(f"{folder / _CONFIG}: auto_mapping is not supported but for classes of transformers")
     return LoraConfig.from_pretrained(folder)
