@@ -39,6 +39,7 @@ from hf_pdprune.evaluation import (
 )
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
+from hf_pdprune.pair_layout import CHECKPOINTS
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
@@ -120,7 +121,7 @@ FILES_OF_STEP = {
         MERGED_PAIRS_FILE_NAME,
         *FRONT_FILE_NAMES,
     ),
-    "stages": ("checkpoints", "prefill", "decode", "distillation.json"),
+    "stages": ("checkpoints", *CHECKPOINTS, "distillation.json"),
     "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
 }
 
@@ -185,7 +186,7 @@ def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
         model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision, dtype=dtype
+            args.model_name_or_path, revision=args.model_revision, dtype=dtype, use_safetensors=True
         )
     except OSError as error:
         raise ValueError(f"no model {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
@@ -237,7 +238,10 @@ def train(
     plan: PruningPlan,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint of `settings`."""
+    """
+    Distils the stages and writes prefill/ and decode/ (with `stage: unified`, unified/); goes on from the last
+    complete checkpoint of `settings`.
+    """
     folder = Path(training_args.output_dir)
     checkpoints = folder / "checkpoints" / f"{zlib.crc32(json.dumps([plan.digest, settings]).encode()):08x}"
     merged_pairs = None
@@ -251,8 +255,8 @@ def train(
         processing_class=tokenizer,
     )
     if merged_pairs is not None:  # a resumed training loads what it had made of them
-        for stage in ("prefill", "decode"):
-            merged_pairs.start_adapter(trainer.model, stage, plan.stage(stage).merged_blocks)
+        for name in trainer.stage_adapters.layout:
+            merged_pairs.start_adapter(trainer.model, name, plan.stage(name).merged_blocks)
     begun = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     seconds = time.perf_counter() - begun

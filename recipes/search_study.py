@@ -107,7 +107,9 @@ class Study:
         self.path = self.folder / "results.json"
         self.rows: list[dict[str, Any]] = read_json(self.path) if self.path.is_file() else []
         self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        self.model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, use_safetensors=True
+        )
         self.model.to(PartialState().device).eval()
         self.validation: dict[str, Text] = {}
 

@@ -37,6 +37,12 @@ def test_weights_of_blocks_in_several_lists():
         remove_blocks(tiny_model("xlm"), (2,))
 
 
+def test_blocks_that_return_more_than_hidden_states():
+    with pytest.raises(ValueError, match="ReformerModelWithLMHead cannot be bypassed: they return ReformerOutput"):
+        with bypass_blocks(tiny_model("reformer"), (2,)):
+            pass
+
+
 def test_kv_entries_that_other_blocks_reuse():
     model = tiny_model("gemma3n_text")  # the last two reuse those of blocks 2 and 3
     for act in (lambda: remove_blocks(model, (2,)), lambda: bypass_blocks(model, (2,)).__enter__()):

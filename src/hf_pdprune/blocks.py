@@ -140,8 +140,14 @@ def _num_block_outputs(model: nn.Module) -> int | None:
                 model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             handle.remove()
+        if not isinstance(seen[0], torch.Tensor) and type(seen[0]) not in (tuple, list):
+            # reformer: several streams, by name
+            raise ValueError(
+                f"the blocks of {type(model).__name__} cannot be bypassed: they return {type(seen[0]).__name__}, not "
+                "hidden states, alone or first in a tuple"
+            )
         # What a block returns cannot change during the life of a model, so one look is enough.
-        several = isinstance(seen[0], (tuple, list))
+        several = not isinstance(seen[0], torch.Tensor)
         model.__dict__["_pdprune_num_block_outputs"] = len(seen[0]) if several else None
     return model.__dict__["_pdprune_num_block_outputs"]
 

@@ -237,11 +237,8 @@ class PDPruneConfig(SFTConfig):
     def check_plan(self, plan: PruningPlan) -> None:
         """Raises a `ValueError` that names the option which does not go with a plan."""
         prefill, decode = plan.prefill, plan.decode
-        if self.stage == "unified" and prefill != decode:
-            raise ValueError(
-                "stage='unified' needs a plan in which prefill and decode miss the same blocks; this one misses "
-                f"{list(prefill.missing_blocks)} and {list(decode.missing_blocks)}"
-            )
+        for checkpoint in STAGE_ADAPTERS[self.stage].layout:
+            plan.stage(checkpoint)  # raises if the plan has none
         if self.search_in_rounds and (prefill.merged_blocks or decode.merged_blocks):
             raise ValueError(
                 "search_in_rounds chooses blocks to remove; the plan merges some, so it has to be taken as it is"
