@@ -6,6 +6,7 @@ from hf_pdprune.adapters import active_adapter
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.trainer import ResidualFit
 from hf_pdprune.trainer.least_squares import LeastSquares
+from hf_pdprune.trainer.residual_fit import blocks_beside_gaps
 
 
 def adapted(model, rank=64):
@@ -35,13 +36,13 @@ def test_hidden_states_come_nearer_to_the_dense_models(tiny_llama, ids, missing)
     assert all(0 <= value < 1 for value in left.values())
 
 
-def test_only_blocks_before_gaps_change(tiny_llama, ids):
+def test_only_blocks_beside_gaps_change(tiny_llama, ids):
     model = adapted(tiny_llama)
-    assert set(ResidualFit(model, ids.split(8)).fit((2, 4), "stage")) == {1, 3}
+    assert set(ResidualFit(model, ids.split(8)).fit((1, 3), "stage")) == {0, 2, 4}
     changed = {n for n, p in model.named_parameters() if "lora_B" in n and p.abs().sum() > 0}
-    assert {n.split("layers.")[1].split(".lora")[0] for n in changed} == {
-        f"{block}.mlp.{name}_proj" for block in (1, 3) for name in ("gate", "up", "down")
-    }
+    changed = {n.split("layers.")[1].split(".lora")[0] for n in changed}
+    assert changed <= {f"{block}.mlp.{name}_proj" for block in (0, 2, 4) for name in ("gate", "up", "down")}
+    assert changed >= {f"{block}.mlp.down_proj" for block in (0, 2, 4)} | {"0.mlp.gate_proj", "2.mlp.gate_proj"}
 
 
 def without_attention(model, *blocks):
@@ -152,11 +153,11 @@ def test_stages_share_the_fit_of_a_gap_that_both_have(tiny_llama, ids, monkeypat
     monkeypatch.setattr(ResidualFit, "_take_over_neurons", lambda self, gap: solved.append(gap) or solve(self, gap))
     fit = ResidualFit(model, ids.split(8))
     left = fit.fit((2,), "stage"), fit.fit((2, 4), "other")
-    assert [gap.block for gap in solved] == [1, 3] and left[0][1] == left[1][1]
+    assert [gap.block for gap in solved] == [1, 3, 3, 5] and left[0][1] == left[1][1]
     both = [hidden_states(model, ids, (2,), adapter) for adapter in ("stage", "other")]
     assert not torch.equal(*both)  # "other" has changed block 3 too
     alone = ResidualFit(model, ids.split(8)).fit((2, 4), "stage")
-    assert alone == pytest.approx(left[1]) and set(alone) == {1, 3}
+    assert alone == pytest.approx(left[1]) and set(alone) == {1, 3, 5}
 
 
 def test_neurons_are_chosen_on_some_tokens_and_counted_on_all(tiny_model, ids, monkeypatch):
@@ -173,5 +174,37 @@ def test_neurons_are_chosen_on_some_tokens_and_counted_on_all(tiny_model, ids, m
         monkeypatch.setattr("hf_pdprune.trainer.residual_fit._SELECTION_TOKENS", tokens)
         left[tokens] = ResidualFit(adapted(tiny_model("llama")), ids.split(8)).fit((2,), "stage")[1]
     width = tiny_model("llama").config.intermediate_size
-    assert chosen_on == [(8, 2 * width), (24, width), (24, 2 * width)]
+    # Before the gap and behind it.
+    assert chosen_on == 2 * [(8, 2 * width), (24, width)] + 2 * [(24, 2 * width)]
     assert 0 < left[8 * 32] < 1 and 0 < left[16384] < 1
+
+
+def test_the_block_behind_a_gap_mends_what_the_one_before_it_leaves(tiny_llama, ids):
+    model = adapted(tiny_llama)
+    both = ResidualFit(model, ids.split(8)).fit((2,), "stage")
+    assert set(both) == {1, 3} and both[3] < 1
+    dense = hidden_states(model, ids, (), None)
+    error = (hidden_states(model, ids, (2,), "stage") - dense).pow(2).mean()
+    for name, parameter in model.named_parameters():
+        if "layers.3." in name and "lora_B" in name:
+            parameter.data.zero_()
+    assert error < (hidden_states(model, ids, (2,), "stage") - dense).pow(2).mean()
+
+
+def test_blocks_beside_gaps():
+    assert blocks_beside_gaps(6, (2,)) == {1: ((), (2,)), 3: ((2,), ())}
+    assert blocks_beside_gaps(6, (1, 3, 4)) == {0: ((), (1,)), 2: ((1,), (3, 4)), 5: ((3, 4), ())}
+    assert blocks_beside_gaps(6, (0, 1, 3)) == {2: ((), (0, 1, 3)), 4: ((3,), ())}
+    assert blocks_beside_gaps(6, (0,)) == {1: ((), (0,))}
+    assert blocks_beside_gaps(6, (5,)) == {4: ((), (5,))}
+    assert blocks_beside_gaps(6, ()) == {}
+
+
+def test_at_most_twice_as_many_neurons_as_there_is_room_for_are_candidates(tiny_llama, ids, monkeypatch):
+    sizes = []
+    best_features = LeastSquares.best_features
+    monkeypatch.setattr(
+        LeastSquares, "best_features", lambda self, prior, n: sizes.append(len(prior)) or best_features(self, prior, n)
+    )
+    ResidualFit(adapted(tiny_llama), ids.split(8)).fit((2, 3, 4), "stage")
+    assert sizes == [2 * tiny_llama.config.intermediate_size] * 2
