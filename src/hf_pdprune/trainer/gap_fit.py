@@ -1,4 +1,4 @@
-"""GapFit: what the block before a gap takes over of the missing blocks, as changes of its linear layers."""
+"""GapFit: what a block beside a gap takes over of the missing blocks, as changes of its linear layers."""
 
 from dataclasses import dataclass
 

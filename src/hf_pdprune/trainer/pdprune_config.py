@@ -79,7 +79,7 @@ class PDPruneConfig(SFTConfig):
             Training tokens on which each stage's adapter is fitted in closed form before the first step (see
             [`ResidualFit`]); 0 leaves that out.
         local_distillation_rank (`int`, *optional*):
-            Rank of the adapter in the layers that are fitted (the MLPs before gaps). Default: the hidden size, with
+            Rank of the adapter in the layers that are fitted (the MLPs beside gaps). Default: the hidden size, with
             which an MLP can take over neurons of the missing blocks; with less, its last linear layer is corrected.
         train_fitted_layers (`bool`, *optional*, defaults to `False`):
             Whether layers that were fitted in closed form are trained on. They are of full rank and fitted on more
