@@ -75,9 +75,12 @@ VALUES = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 3},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
     },
     "longcat_flash": {

@@ -43,6 +43,12 @@ def test_blocks_that_return_more_than_hidden_states():
             pass
 
 
+def test_blocks_that_carry_two_hidden_states():
+    with pytest.raises(ValueError, match="XLNetLMHeadModel cannot be bypassed: they carry two hidden states"):
+        with bypass_blocks(tiny_model("xlnet"), (2,)):
+            pass
+
+
 def test_kv_entries_that_other_blocks_reuse():
     model = tiny_model("gemma3n_text")  # the last two reuse those of blocks 2 and 3
     for act in (lambda: remove_blocks(model, (2,)), lambda: bypass_blocks(model, (2,)).__enter__()):

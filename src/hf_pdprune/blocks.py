@@ -131,7 +131,11 @@ def _num_block_outputs(model: nn.Module) -> int | None:
     """Runs one token through the model to see what a block returns: `None` for a tensor, else the tuple's length."""
     if "_pdprune_num_block_outputs" not in model.__dict__:
         seen: list[Any] = []
-        handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
+        first = get_blocks(model)[0]
+        if "output_g" in inspect.signature(first.forward).parameters:
+            # xlnet: the second one is there in generate alone, and would be lost at a bypassed block
+            raise ValueError(f"the blocks of {type(model).__name__} cannot be bypassed: they carry two hidden states")
+        handle = first.register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             device = model.get_input_embeddings().weight.device
             token = torch.zeros((1, 1), dtype=torch.long, device=device)
