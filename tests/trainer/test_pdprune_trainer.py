@@ -554,7 +554,7 @@ def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, plan, row
     fixed = {name for name, p in lora_of(whole).items() if not p.requires_grad}
     fitted = {
         f"layers.{block}.mlp.{name}_proj.lora_{part}.{stage}.weight"
-        for block, stage in ((2, "prefill"), (1, "decode"))  # those before the gaps
+        for block, stage in ((2, "prefill"), (4, "prefill"), (1, "decode"), (4, "decode"))
         for name in ("gate", "up", "down")
         for part in "AB"
     }
