@@ -25,6 +25,10 @@ _FREE_ATTRIBUTES = frozenset(
 )
 
 
+# What blocks are given beside hidden states, change, and return second (xlnet: query stream; zaya: router states).
+_CARRIED_ARGUMENTS = frozenset({"output_g", "prev_router_hidden_states"})
+
+
 def blocks_path(model: nn.Module) -> str:
     """
     Finds where the decoder blocks live: the outermost `nn.ModuleList` that is as long as the config says.
@@ -113,6 +117,10 @@ class BypassedBlock(nn.Module):
         super().__init__()
         self.__dict__["_block"] = block
         self.num_outputs = num_outputs
+        while isinstance(block, BypassedBlock):
+            block = block._block
+        arguments = list(inspect.signature(block.forward).parameters)[1:2]
+        self.carried_argument = next((name for name in arguments if name in _CARRIED_ARGUMENTS), None)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -123,7 +131,10 @@ class BypassedBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         if self.num_outputs is None:
             return hidden_states
-        return (hidden_states,) + (None,) * (self.num_outputs - 1)
+        if self.carried_argument is None:
+            return (hidden_states,) + (None,) * (self.num_outputs - 1)
+        carried = args[0] if args else kwargs.get(self.carried_argument)
+        return (hidden_states, carried) + (None,) * (self.num_outputs - 2)
 
 
 @torch.no_grad()
@@ -131,11 +142,7 @@ def _num_block_outputs(model: nn.Module) -> int | None:
     """Runs one token through the model to see what a block returns: `None` for a tensor, else the tuple's length."""
     if "_pdprune_num_block_outputs" not in model.__dict__:
         seen: list[Any] = []
-        first = get_blocks(model)[0]
-        if "output_g" in inspect.signature(first.forward).parameters:
-            # xlnet: the second one is there in generate alone, and would be lost at a bypassed block
-            raise ValueError(f"the blocks of {type(model).__name__} cannot be bypassed: they carry two hidden states")
-        handle = first.register_forward_hook(lambda module, args, output: seen.append(output))
+        handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
             device = model.get_input_embeddings().weight.device
             token = torch.zeros((1, 1), dtype=torch.long, device=device)
