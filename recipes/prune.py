@@ -27,7 +27,7 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.blocks import num_blocks
-from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples, tokenize_rows
 from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
@@ -322,7 +322,9 @@ def search(
     long = None
     if config.num_token_aware_blocks or config.target_kv_reduction:
         long = calibration(args.kv_calibration_prompt_tokens, args.kv_calibration_examples)
-    return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long)
+    text = load_text(args.train_dataset, args.train_split, subset=args.train_subset)
+    merge_text = tokenize_rows(text, tokenizer) if config.merge_pairs else None
+    return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long, merge_text=merge_text)
 
 
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
@@ -338,6 +340,8 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     own = asdict(args)
     searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
     searched |= asdict(config)
+    if config.merge_pairs:
+        searched |= {key: own[key] for key in own if key.startswith("train_")}
     if not run.is_done("plan", searched):
         check_plan_there(folder, args, config)
         search(args, config, model, tokenizer, folder)

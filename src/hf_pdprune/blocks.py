@@ -43,15 +43,18 @@ def blocks_path(model: nn.Module) -> str:
         `ValueError`: If there is no such list, so that no block could be removed.
     """
     expected = num_blocks(model.config)
-    candidates = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == expected
-    ]
-    if not candidates:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {expected} decoder blocks (nn.ModuleList as long as "
-            "config.num_hidden_layers), so its blocks cannot be removed"
-        )
-    return min(candidates, key=lambda name: name.count("."))
+    level = [("", model)]
+    while level:  # level by level: what lies within the blocks need not be looked at
+        for path, module in level:
+            if isinstance(module, nn.ModuleList) and len(module) == expected:
+                return path
+        level = [
+            (f"{path}.{name}".lstrip("."), child) for path, module in level for name, child in module.named_children()
+        ]
+    raise ValueError(
+        f"{type(model).__name__} has no list of {expected} decoder blocks (nn.ModuleList as long as "
+        "config.num_hidden_layers), so its blocks cannot be removed"
+    )
 
 
 def get_blocks(model: nn.Module) -> nn.ModuleList:

@@ -4,8 +4,9 @@ from peft import LoraConfig, get_peft_model
 
 from hf_pdprune.adapters import active_adapter
 from hf_pdprune.blocks import bypass_blocks, get_blocks
+from hf_pdprune.search.gap_regression import GapRegression
+from hf_pdprune.search.least_squares import LeastSquares
 from hf_pdprune.trainer import ResidualFit
-from hf_pdprune.trainer.least_squares import LeastSquares
 from hf_pdprune.trainer.residual_fit import blocks_beside_gaps
 
 
@@ -149,11 +150,11 @@ def test_stages_share_the_fit_of_a_gap_that_both_have(tiny_llama, ids, monkeypat
     model = adapted(tiny_llama)
     model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
     solved = []
-    solve = ResidualFit._take_over_neurons
-    monkeypatch.setattr(ResidualFit, "_take_over_neurons", lambda self, gap: solved.append(gap) or solve(self, gap))
+    solve = GapRegression._take_over_neurons
+    monkeypatch.setattr(GapRegression, "_take_over_neurons", lambda self, gap: solved.append(gap) or solve(self, gap))
     fit = ResidualFit(model, ids.split(8))
     left = fit.fit((2,), "stage"), fit.fit((2, 4), "other")
-    assert [gap.block for gap in solved] == [1, 3, 3, 5] and left[0][1] == left[1][1]
+    assert [gap.number for gap in solved] == [1, 3, 3, 5] and left[0][1] == left[1][1]
     both = [hidden_states(model, ids, (2,), adapter) for adapter in ("stage", "other")]
     assert not torch.equal(*both)  # "other" has changed block 3 too
     alone = ResidualFit(model, ids.split(8)).fit((2, 4), "stage")
@@ -171,7 +172,7 @@ def test_neurons_are_chosen_on_some_tokens_and_counted_on_all(tiny_model, ids, m
     monkeypatch.setattr(LeastSquares, "best_features", spy)
     left = {}
     for tokens in (8 * 32, 16384):
-        monkeypatch.setattr("hf_pdprune.trainer.residual_fit._SELECTION_TOKENS", tokens)
+        monkeypatch.setattr("hf_pdprune.search.gap_regression._SELECTION_TOKENS", tokens)
         left[tokens] = ResidualFit(adapted(tiny_model("llama")), ids.split(8)).fit((2,), "stage")[1]
     width = tiny_model("llama").config.intermediate_size
     # Before the gap and behind it.

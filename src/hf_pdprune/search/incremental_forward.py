@@ -138,7 +138,7 @@ class IncrementalForward:
         forward = self._forward(start, base.prefill_inputs[start] if start else None, keep)
         merged = self.merged_pairs.active(self.model, plan.prefill.merged_blocks)
         adapted = active_adapter(self.model, self.adapters.get("prefill"))
-        with bypass_blocks(self.model, plan.prefill.missing_blocks), merged, adapted:
+        with merged, bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
             output = forward(
                 input_ids=tensors["prompt_ids"],
                 attention_mask=tensors["prompt_mask"],

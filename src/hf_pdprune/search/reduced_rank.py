@@ -33,6 +33,12 @@ class Sums:
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
 
+    def after(self, weight: torch.Tensor) -> "Sums":
+        """Of the same features, and of what A @ weight leaves of the targets."""
+        through = self.gram @ weight
+        explained = float((weight * (2 * self.cross - through)).sum(dtype=torch.float64))
+        return Sums(self.gram, self.cross - through, max(0.0, self.squares - explained))
+
     def left_by(self, weight: torch.Tensor) -> float:
         """The part of the squares of R that R - A @ weight has left."""
         if not self.squares:
