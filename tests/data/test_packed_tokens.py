@@ -6,13 +6,25 @@ from hf_pdprune.data import pack_tokens, tokenize_rows
 
 def test_rows_are_joined_and_cut_into_equal_ones():
     batches = pack_tokens([[1, 2, 3], [4, 5], [6, 7, 8, 9]], 100, max_row_tokens=4)
-    assert [batch.tolist() for batch in batches] == [[[1, 2, 3, 4], [5, 6, 7, 8]]]
+    assert [sorted(batch.tolist()) for batch in batches] == [[[1, 2, 3, 4], [5, 6, 7, 8]]]
+
+
+def test_rows_are_mixed_and_always_alike():
+    first, again = (torch.cat(pack_tokens([list(range(100))], 100, max_row_tokens=2)) for _ in range(2))
+    assert torch.equal(first, again) and first[:, 0].tolist() != sorted(first[:, 0].tolist())
+    assert sorted(first.flatten().tolist()) == list(range(100))
 
 
 def test_no_more_is_read_than_needed():
     read = []
     rows = (read.append(n) or [n] * 10 for n in range(100))
-    assert torch.cat(pack_tokens(rows, 25, max_row_tokens=5)).tolist() == [[0] * 5, [0] * 5, [1] * 5, [1] * 5, [2] * 5]
+    assert sorted(torch.cat(pack_tokens(rows, 25, max_row_tokens=5)).tolist()) == [
+        [0] * 5,
+        [0] * 5,
+        [1] * 5,
+        [1] * 5,
+        [2] * 5,
+    ]
     assert read == [0, 1, 2]
 
 

@@ -85,3 +85,12 @@ def test_squared_error_is_that_of_all_rows(features, generator):
     weight = torch.randn(12, 4, generator=generator)
     expected = (targets - features @ weight).pow(2).sum()
     assert sums_of(features, targets).squared_error(weight) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_rows_can_be_restricted_to_some_features(features, generator):
+    targets, chosen = torch.randn(10, 40, 4, generator=generator), torch.tensor([1, 4, 7])
+    fewer, expected = sums_of(features, targets).restricted(chosen), sums_of(features[..., chosen], targets)
+    assert fewer.rows == expected.rows == 10
+    for part in (False, True):
+        torch.testing.assert_close(fewer.sums[part].gram, expected.sums[part].gram)
+        torch.testing.assert_close(fewer.sums[part].cross, expected.sums[part].cross)

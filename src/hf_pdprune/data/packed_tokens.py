@@ -36,7 +36,8 @@ def pack_tokens(
     device: torch.device | str = "cpu",
 ) -> list[torch.LongTensor]:
     """
-    Joins rows of tokens and cuts them into rows of equal length.
+    Joins rows of tokens, cuts them into rows of equal length and mixes these, so that the first ones are of all parts
+    of the text.
 
     Args:
         rows (`Iterable[list[int]]`): Tokens; no more of them are read than needed.
@@ -60,5 +61,6 @@ def pack_tokens(
     if not tokens:
         raise ValueError("the text has no token")
     length = min(_MAX_ROW_TOKENS, max_row_tokens or _MAX_ROW_TOKENS, len(tokens))
-    packed = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length).to(device)
+    packed = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+    packed = packed[torch.randperm(len(packed), generator=torch.Generator().manual_seed(0))].to(device)
     return list(packed.split(max(1, _TOKENS_PER_BATCH // length)))

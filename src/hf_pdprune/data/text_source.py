@@ -1,17 +1,15 @@
 """Text for calibration, distillation and evaluation: one function, whatever the text comes from."""
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import datasets
 
 from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS, docstring_records, topic_records
 
-
-logger = logging.getLogger(__name__)
 
 _ACCEPTED = (
     "'text'; 'prompt' and 'completion'; 'question', 'choices' and 'answer' (index of the right choice); "
@@ -48,7 +46,7 @@ def load_text(
             - a folder with files `<split>.jsonl` or `<name>.<split>.jsonl`;
             - else the id of a data set on the Hub.
 
-            Several of them joined by commas give their first rows in turn, equally many of each.
+            Several of them joined by commas give their rows in turn, as long as they last.
         split (`str`):
             Part of the data set. Python's own texts have `calibration`, `train` and `validation`.
         subset (`str`, *optional*):
@@ -73,8 +71,7 @@ def load_text(
     if not all(sources):
         raise ValueError(f"source {source!r} holds an empty name")
 
-    limit = None if max_rows is None else -(-max_rows // len(sources))
-    rows = _interleave({name: _source_rows(name, split, subset, text_column, limit) for name in sources})
+    rows = _interleave({name: _source_rows(name, split, subset, text_column, max_rows) for name in sources})
     return datasets.Dataset.from_list(rows[:max_rows])
 
 
@@ -86,7 +83,6 @@ def _source_rows(
         return _to_rows(source, _BUILT_IN[source](split), text_column, limit)
     if path.is_dir():
         files = _split_files(path, split, subset)
-        limit = None if limit is None else -(-limit // len(files))
         return _interleave({str(file): _to_rows(str(file), _records(file), text_column, limit) for file in files})
     if path.suffix in (".json", ".jsonl") or not _HUB_ID.fullmatch(source):
         if not path.exists():
@@ -98,16 +94,15 @@ def _source_rows(
 
 
 def _interleave(parts: dict[str, list[dict]]) -> list[dict]:
-    """Takes one row of each part in turn until one part is used up, so that all have equal shares."""
+    """
+    Takes one row of each part in turn, so that the first rows are equally many of each; those of the longer parts that
+    are left come last.
+    """
     columns = {name: list(rows[0]) for name, rows in parts.items()}
     if len({tuple(names) for names in columns.values()}) > 1:
         found = "; ".join(f"{name} gives {', '.join(names)}" for name, names in columns.items())
         raise ValueError(f"sources that are joined must give the same columns: {found}")
-    shortest = min(len(rows) for rows in parts.values())
-    for name, rows in parts.items():
-        if len(rows) > shortest:
-            logger.info("%s: using the first %d of %d rows, for equal shares", name, shortest, len(rows))
-    return [row for group in zip(*parts.values(), strict=False) for row in group]
+    return [row for group in zip_longest(*parts.values()) for row in group if row is not None]
 
 
 def _to_rows(

@@ -51,7 +51,8 @@ class GapFit:
     linear layer.
 
     Args:
-        left (`float`): Part of the squared error behind the gap that is left, on the tokens of the fit.
+        left (`float`): Part of the squared error behind the gap that is left, on the tokens that neurons were chosen
+            on.
         output_layer (`str`): Name within the block of its last linear layer.
         neurons ([`TakenNeurons`], *optional*): The MLP's neurons.
         correction (`tuple[torch.Tensor, torch.Tensor]`, *optional*): What is added to the last layer, as the factors

@@ -132,38 +132,45 @@ class GapRegression:
         prior = gap.prior[candidates]
         problem, error = self._problem(gap, candidates, batches)
         chosen, columns = problem.best_features(prior, width)
-        if batches < len(self.input_ids):
-            problem, error = self._problem(gap, candidates[chosen])
-            _, columns = problem.best_features(prior[chosen], width)
-            left = problem.squared_error(columns)
-        else:
-            left = problem.squared_error(torch.zeros_like(prior).index_copy(0, chosen, columns))
-        chosen = candidates[chosen]
-        left = left / error if error else 0.0
         with _inputs_of(own.norm) as normed:
             self._run((gap.number,), *self._few(gap.hidden[0]))
         scales = torch.stack([neurons.scale_from(own, normed[0]).float() for neurons in gap.neurons])
         numbers = (gap.number, *gap.gaps.before, *gap.gaps.behind)
-        taken = TakenNeurons(numbers, tuple(own.input_layers), scales, chosen, columns)
-        return GapFit(left, gap.output_layer, taken)
+        taken = TakenNeurons(numbers, tuple(own.input_layers), scales, candidates[chosen], columns)
+        if batches < len(self.input_ids):
+            whole = problem.restricted(chosen)
+            self._add(whole, gap, taken, batches)
+            _, taken.columns = whole.best_features(prior[chosen], width)
+        left = problem.squared_error(torch.zeros_like(prior).index_copy(0, chosen, taken.columns))
+        return GapFit(left / error if error else 0.0, gap.output_layer, taken)
+
+    def _add(self, problem: LeastSquares, gap: "_Gap", taken: TakenNeurons, first: int) -> None:
+        """Adds the batches from `first` on to the regression of the taken neurons, which the block itself computes."""
+        batches = zip(self.input_ids[first:], gap.hidden[first:], gap.target[first:], strict=True)
+        with GapFit(0.0, gap.output_layer, taken).active(self.blocks, gap.number):
+            for ids, hidden, target in batches:
+                rest, _, features = self._features(gap, ids, hidden, [])
+                weight = 1 / target.float().norm(dim=-1, keepdim=True)
+                problem.add(features.float() * weight, (target - rest).float() * weight)
 
     def _candidates(self, gap: "_Gap", count: int) -> torch.LongTensor:
         """So many neurons as add most to the residual stream, on a few tokens."""
         columns = torch.cat([neurons.columns for neurons in gap.neurons]).float()
         if len(columns) <= count:
             return torch.arange(len(columns), device=columns.device)
-        *_, features = self._features(gap, self.input_ids[0], gap.hidden[0])
+        *_, features = self._features(gap, self.input_ids[0], gap.hidden[0], gap.neurons[1:])
         weight = 1 / gap.target[0].float().norm(dim=-1, keepdim=True)
         strength = (features.float() * weight).flatten(0, 1).pow(2).sum(0) * columns.pow(2).sum(-1)
         return strength.topk(count).indices.sort().values
 
-    def _features(self, gap: "_Gap", ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _features(
+        self, gap: "_Gap", ids: torch.Tensor, hidden: torch.Tensor, others: Sequence[MLPNeurons]
+    ) -> tuple[torch.Tensor, ...]:
         """
-        The block's output without what its last linear layer adds, what that adds, and what this layer and the other
-        neurons read there.
+        The block's output without what its last linear layer adds, what that adds, and what this layer reads, followed
+        by the activations of other neurons there.
         """
-        own, *others = gap.neurons or (None,)
-        module = own.norm if own else gap.block
+        module = gap.neurons[0].norm if gap.neurons else gap.block
         with _inputs_of(gap.layer) as inputs, _inputs_of(module) as normed, _outputs_of(gap.layer) as added:
             output = self._run((gap.number,), ids, hidden)
         features = inputs[0].view(*hidden.shape[:-1], -1)
@@ -179,7 +186,7 @@ class GapRegression:
         """
         problem, error = LeastSquares(), 0.0
         for ids, hidden, target in list(zip(self.input_ids, gap.hidden, gap.target, strict=True))[:batches]:
-            rest, added, features = self._features(gap, ids, hidden)
+            rest, added, features = self._features(gap, ids, hidden, gap.neurons[1:])
             weight = 1 / target.float().norm(dim=-1, keepdim=True)
             wanted = (target - rest).float() * weight
             missing = wanted - added.float() * weight

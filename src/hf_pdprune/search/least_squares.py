@@ -47,6 +47,16 @@ class LeastSquares:
         first, *others = self.sums.values()
         return first + others[0] if others else first
 
+    def restricted(self, chosen: torch.LongTensor) -> "LeastSquares":
+        """The same rows with the `chosen` features only."""
+        fewer = LeastSquares()
+        fewer.rows = self.rows
+        fewer.sums = {
+            part: Sums(sums.gram[chosen][:, chosen], sums.cross[chosen], sums.squares)
+            for part, sums in self.sums.items()
+        }
+        return fewer
+
     def ridge(self, prior: torch.Tensor | None = None) -> float:
         """
         The ridge that serves held-out rows best, as a share of the mean of the features' squares.

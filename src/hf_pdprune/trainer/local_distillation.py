@@ -19,15 +19,13 @@ class LocalDistillation:
         model (`nn.Module`): The dense model with adapters.
         plan ([`PruningPlan`]): What is removed in the first round.
         adapters ([`StageAdapters`]): Which adapter each stage applies, and which of them learn.
-        max_length (`int`, *optional*): Longest row in tokens.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters, max_length: int | None = None):
+    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters):
         self.model = model
         self.missing_blocks = {
             adapter: plan.stage(adapters.stages_of(adapter)[0]).missing_blocks for adapter in adapters.trained
         }
-        self.max_length = max_length
 
     def fit(self, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
         """
@@ -37,9 +35,10 @@ class LocalDistillation:
             rows (`Iterable[dict]`): Training rows with `input_ids`.
             num_tokens (`int`): Tokens of them that are used, in rows of equal length.
         """
-        fit = ResidualFit(
-            self.model, pack_tokens((row["input_ids"] for row in rows), num_tokens, self.max_length, self._device)
-        )
+        # Rows of a packed data set are shorter than what positions the stages meet: they are joined.
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, self._device)
+        fit = ResidualFit(self.model, tokens)
         for adapter, missing in self.missing_blocks.items():
             fit.fit(missing, adapter)
 

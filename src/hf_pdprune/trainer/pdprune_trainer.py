@@ -186,7 +186,7 @@ class PDPruneTrainer(SFTTrainer):
         if not all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
             return
         model, plan = self.accelerator.unwrap_model(self.model), self.removal.plan_of_round(1)
-        distillation = LocalDistillation(model, plan, self.stage_adapters, args.max_length)
+        distillation = LocalDistillation(model, plan, self.stage_adapters)
         if not is_resumed:
             distillation.fit(self.train_dataset, args.local_distillation_tokens)
         if self._is_sharded and self.is_deepspeed_enabled:
