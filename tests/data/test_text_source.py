@@ -195,7 +195,7 @@ class TestFolder:
         write_jsonl(tmp_path / "b.train.jsonl", [{"text": f"b{number}"} for number in range(3)])
         write_jsonl(tmp_path / "a.train.jsonl", [{"text": f"a{number}"} for number in range(2)])
         write_jsonl(tmp_path / "a.retrain.jsonl", [{"text": "another split"}])
-        assert load_text(str(tmp_path), "train")["text"][:] == ["a0", "b0", "a1", "b1"]
+        assert load_text(str(tmp_path), "train")["text"][:] == ["a0", "b0", "a1", "b1", "b2"]
         assert load_text(str(tmp_path), "train", max_rows=3)["text"][:] == ["a0", "b0", "a1"]
         assert load_text(str(tmp_path), "train", subset="b")["text"][:] == ["b0", "b1", "b2"]
         with pytest.raises(FileNotFoundError, match="no file c.train.jsonl"):
