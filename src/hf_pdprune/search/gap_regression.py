@@ -252,18 +252,15 @@ class GapRegression:
         """Gives up the hidden states that arrive at blocks before this one."""
         self._dense = {reached: states for reached, states in self._dense.items() if reached >= block}
 
-    def advance(
-        self, hidden: Sequence[torch.Tensor | None], blocks: Sequence[int], adapter: str | None = None
-    ) -> list[torch.Tensor]:
+    def advance(self, hidden: Sequence[torch.Tensor | None], blocks: Sequence[int]) -> list[torch.Tensor]:
         """
         Each batch's hidden states after `blocks`.
 
         Args:
             hidden (`Sequence[torch.Tensor]`): What arrives at the first of them; `None`: the embeddings.
             blocks (`Sequence[int]`): Neighbours.
-            adapter (`str`, *optional*): Adapter that is applied.
         """
-        with evaluating(self.model), active_adapter(self.model, adapter):
+        with evaluating(self.model), active_adapter(self.model, None):
             return [self._run(blocks, ids, states) for ids, states in zip(self.input_ids, hidden, strict=True)]
 
     def _run(self, blocks: Sequence[int], ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 
 import torch
 from accelerate import PartialState
@@ -69,7 +70,8 @@ class ResidualFit:
                 fit.start_adapter(self.blocks, block, adapter)
                 left[block] = fit.left
             if gaps.behind and path not in self._behind:
-                self._behind[path] = self.regression.advance(hidden, (block,), None if fit is None else adapter)
+                with nullcontext() if fit is None else fit.active(self.blocks, block):
+                    self._behind[path] = self.regression.advance(hidden, (block,))
         logger.info("local distillation of %s: %s of the squared error is left per block", adapter, left)
         return left
 
