@@ -1,4 +1,4 @@
-"""PromptAttention: where the prompt's queries look, per block and KV head, recorded during prefill."""
+"""PromptAttention: where all the prompt's queries look, per block and KV head, recorded during prefill."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,15 +12,12 @@ from ..blocks import get_blocks
 
 class PromptAttention:
     """
-    The attention that each prompt token gets in each block, for choices of tokens that go by it (H2O, SnapKV).
-
-    Args:
-        recent_queries (`int`, defaults to 32): Queries at the prompt's end of which `recent` is the mean.
+    The attention that each prompt token gets in each block from all queries: what H2O chooses by, a baseline. (The
+    plan's choice by attention needs the last queries alone, see [`observed_attention`].)
     """
 
-    def __init__(self, recent_queries: int = 32):
-        self.recent_queries = recent_queries
-        self.recent: dict[int, torch.Tensor] = {}  # by block as the model counts: (batch_size, kv_heads, tokens)
+    def __init__(self):
+        # By block as the model counts: (batch_size, kv_heads, tokens)
         self.accumulated: dict[int, torch.Tensor] = {}
 
     @contextmanager
@@ -44,7 +41,7 @@ class PromptAttention:
                 yield
         finally:
             model.set_attn_implementation(previous)
-        if not self.recent:
+        if not self.accumulated:
             raise ValueError(f"{type(model).__name__} does not show its attention weights")
 
     def _hook(self, index: int, num_key_value_heads: int) -> Any:
@@ -66,5 +63,4 @@ class PromptAttention:
             num_key_value_heads (`int`): Heads that share a KV head count together.
         """
         grouped = weights.detach().float().unflatten(1, (num_key_value_heads, -1)).mean(dim=2)
-        self.recent[index] = grouped[:, :, -self.recent_queries :].mean(dim=2)
         self.accumulated[index] = grouped.sum(dim=2)
