@@ -4,11 +4,12 @@ Does it lose the middle? Which prompt tokens decode receives, compared at equal 
     python recipes/token_choice.py --plan outputs/demo --model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --text wikitext2.validation.jsonl --output_dir outputs/token_choice
 
-The plan's token-aware blocks, with the first and last tokens and with those chosen by attention, stand beside both in
-all blocks, as many random blocks, and H2O: on text (KL to the dense model), on needles and key-value pairs at several
-depths of the prompt, and on few-shot questions. All but H2O is what the stages do. Decode reads the prompt's last
-token, so that every token of an answer depends on what was handed over. Every example is a line of
-`token_choice.jsonl`; an interrupted run goes on after the last.
+The plan's token-aware blocks, with the tokens chosen by attention and with the first and last ones, stand beside the
+first and last tokens in all blocks and in as many random blocks, H2O and SnapKV: on text (KL to the dense model), on
+needles and key-value pairs at several depths of the prompt, and on few-shot questions. What is chosen by attention in
+the plan's blocks is what the prefill stage hands over; the baselines are selected from everything it reads. Decode
+reads the prompt's last token, so that every token of an answer depends on what was handed over. Every example is a
+line of `token_choice.jsonl`; an interrupted run goes on after the last.
 """
 
 import json
@@ -29,9 +30,9 @@ from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
-from hf_pdprune.kv import QUANTIZATIONS, KVPayload
+from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PromptWindow
 from hf_pdprune.kv.prompt_attention import PromptAttention
-from hf_pdprune.kv.token_choice import heavy_hitters, select_per_head
+from hf_pdprune.kv.token_choice import heavy_hitters, observed, select_per_head
 from hf_pdprune.plan import KVPlan
 
 
@@ -137,6 +138,7 @@ class TokenChoices:
     def __init__(self, model: PreTrainedModel, plan: PruningPlan, args: TokenChoiceArguments):
         self.model, self.plan, self.args = model, plan, args
         self.blocks = plan.kept_blocks("decode")
+        self.kv_heads = model.config.get_text_config().num_key_value_heads
         self.fingerprint = model_fingerprint(model)
 
     def kv_plans(self, tokens: int) -> dict[str, KVPlan]:
@@ -150,11 +152,11 @@ class TokenChoices:
         return {
             "all tokens": replace(kv, token_aware_blocks=()),
             "attention, our blocks": replace(kv, token_choice="attention"),
-            "attention, all blocks": replace(every, token_choice="attention"),
             "first + last, our blocks": ends,
             "first + last, all blocks": every,
             "first + last, random blocks": replace(ends, token_aware_blocks=tuple(sorted(random_blocks))),
             "H2O, all blocks": every,
+            "SnapKV, all blocks": every,
         }
 
     @torch.no_grad()
@@ -162,19 +164,8 @@ class TokenChoices:
         """For the dense model and each choice, the logits that predict each completion's tokens."""
         read = [torch.cat([prompt[:, -1:], completion[:, :-1]], dim=1) for completion in completions]
         results = {"dense": [self._dense(prompt, completion) for completion in completions]}
-        handed_over = prompt[:, :-1]
-        kv_plans = self.kv_plans(handed_over.shape[1])
-        chosen = {name: (kv, None) for name, kv in kv_plans.items()}
-        for kind in self.args.quantizations:
-            chosen[f"all tokens, {kind}"] = (kv_plans["all tokens"], kind)
-            chosen[f"the plan, {kind}"] = (self.plan.kv, kind)
-        for name, (kv, quantization) in chosen.items():
-            plan = replace(self.plan, kv=kv)
+        for name, (plan, payload) in self._payloads(prompt[:, :-1]).items():
             decode = DecodeStage(self.model, plan, fingerprint=self.fingerprint)
-            if name.startswith("H2O"):
-                payload = self._heavy_hitters(handed_over, plan)
-            else:
-                payload = self._payload(handed_over, plan, quantization)
             results[name] = [decode.forward(payload, tokens, torch.ones_like(tokens)) for tokens in read]
         return results
 
@@ -183,22 +174,45 @@ class TokenChoices:
         batch |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
         return dense_forward(self.model, batch)
 
-    def _payload(self, prompt: torch.LongTensor, plan: PruningPlan, quantization: str | None = None) -> KVPayload:
-        stage = PrefillStage(self.model, plan, fingerprint=self.fingerprint, quantization=quantization)
-        return stage.forward(prompt, torch.ones_like(prompt))
+    def _payloads(self, prompt: torch.LongTensor) -> dict[str, tuple[PruningPlan, KVPayload]]:
+        """Each choice's plan and payload; of the plan's own choice and of all tokens quantised ones, too."""
+        kv_plans, mask = self.kv_plans(prompt.shape[1]), torch.ones_like(prompt)
+        plans = {name: replace(self.plan, kv=kv) for name, kv in kv_plans.items()}
+        attention, payloads = PromptAttention(), {}
+        with attention.recording(self.model, self.kv_heads):
+            everything = self._prefill(plans["all tokens"]).forward(prompt, mask)
+        for name, plan in plans.items():
+            if plan.kv.token_choice == "attention":
+                payload = self._prefill(plan).forward(prompt, mask)
+            else:
+                entries = self._selected(name, plan.kv, everything, attention)
+                payload = replace(everything, entries=entries, plan_digest=plan.digest)
+            payloads[name] = plan, payload
+        ours = next(name for name in plans if name.endswith("our blocks") and kv_plans[name] == self.plan.kv)
+        for kind in self.args.quantizations:
+            for title, name in (("all tokens", "all tokens"), ("the plan", ours)):
+                plan, payload = payloads[name]
+                payloads[f"{title}, {kind}"] = plan, payload.quantized(kind)
+        return payloads
 
-    def _heavy_hitters(self, prompt: torch.LongTensor, plan: PruningPlan) -> KVPayload:
-        """H2O needs the attention of all queries, so prefill attends eagerly; then it selects from all entries."""
-        attention = PromptAttention()
-        every = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
-        with attention.recording(self.model, self.model.config.get_text_config().num_key_value_heads):
-            payload = self._payload(prompt, every)
-        kept = min(plan.kv.kept_tokens, payload.prompt_tokens)
+    def _prefill(self, plan: PruningPlan) -> PrefillStage:
+        return PrefillStage(self.model, plan, fingerprint=self.fingerprint)
+
+    def _selected(
+        self, name: str, kv: KVPlan, payload: KVPayload, attention: PromptAttention
+    ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Entries of the baselines, from those of all tokens."""
+        window = PromptWindow.of_prompt(payload.prompt_tokens, None, kv.first_tokens, kv.last_tokens)
         entries = dict(payload.entries)
-        for block in plan.kv.token_aware_blocks:
-            columns = heavy_hitters(attention.accumulated[block], kept)
-            entries[block] = tuple(select_per_head(states, columns) for states in entries[block])
-        return replace(payload, entries=entries, plan_digest=plan.digest)
+        for block in kv.token_aware_blocks if window is not None else ():
+            if name.startswith("H2O"):
+                columns = heavy_hitters(attention.accumulated[block], window.kept_tokens)
+            elif name.startswith("SnapKV"):
+                columns = observed(attention.recent[block], window.kept_tokens, attention.recent_queries)
+            else:
+                columns = window.columns.expand(*payload.entries[block][0].shape[:2], -1)
+            entries[block] = tuple(select_per_head(states, columns) for states in payload.entries[block])
+        return entries
 
 
 def texts(args: TokenChoiceArguments, stream: list[int]) -> Iterator[Example]:

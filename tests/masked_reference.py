@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_pdprune.blocks import get_blocks
+from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.inference.stage import position_ids
 from hf_pdprune.kv import TokenAwareCache
 
@@ -65,20 +65,29 @@ def visible(prompt_mask, rows, tokens, kv, weights=None):
 
 
 @torch.no_grad()
-def attention_weights(model, prompt_ids, prompt_mask):
-    """Per block the attention over the prompts, mean of the heads that share a KV head; by an eager model."""
-    output = eager_copy(model)(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        position_ids=position_ids(prompt_mask),
-        output_attentions=True,
-        use_cache=True,
-    )
-    kv_heads = [layer.keys.shape[1] for layer in output.past_key_values.layers]
-    return [
-        weights.unflatten(1, (heads, -1)).mean(dim=2)
-        for weights, heads in zip(output.attentions, kv_heads, strict=True)
-    ]
+def attention_weights(model, prompt_ids, prompt_mask, missing_blocks):
+    """By block the attention over the prompts, mean of the heads that share a KV head; by an eager model."""
+    eager, weights = eager_copy(model), {}
+
+    def record(block):
+        def hook(module, args, output):
+            if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
+                weights[block] = output[1]
+
+        return hook
+
+    for block, module in enumerate(get_blocks(eager)):
+        for part in list(module.modules())[1:]:
+            part.register_forward_hook(record(block))
+    with bypass_blocks(eager, missing_blocks):
+        weights.clear()  # to bypass blocks, the model is looked at first
+        cache = eager(
+            input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask), use_cache=True
+        ).past_key_values
+    return {
+        block: of_heads.unflatten(1, (cache.layers[block].keys.shape[1], -1)).mean(dim=2)
+        for block, of_heads in weights.items()
+    }
 
 
 @contextmanager
@@ -87,7 +96,9 @@ def masked_blocks(model, plan, prompt_ids, prompt_mask):
     Within this context the plan's token-aware blocks attend by a mask of their own, whatever mask they are given: in
     forwards over the whole sequence, queries after the prompt do not see the prompt tokens that the plan drops.
     """
-    chosen = attention_weights(model, prompt_ids, prompt_mask) if plan.kv.token_choice == "attention" else None
+    chosen = None
+    if plan.kv.token_choice == "attention":
+        chosen = attention_weights(model, prompt_ids, prompt_mask, plan.prefill.missing_blocks)
     num_heads = model.config.num_attention_heads
 
     def own_mask(block):

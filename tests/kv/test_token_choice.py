@@ -55,12 +55,13 @@ def test_attention_is_recorded_and_the_model_restored(tiny_model, architecture):
     model, ids = tiny_model(architecture), torch.arange(3, 15)[None]
     heads = getattr(model.config, "num_key_value_heads", 4)
     implementation = model.config._attn_implementation
-    attention = PromptAttention()
+    attention = PromptAttention(recent_queries=1)
     with bypass_blocks(model, (2,)), attention.recording(model, heads):
         output = model(ids, output_attentions=True)
     assert model.config._attn_implementation == implementation
     assert sorted(attention.accumulated) == [0, 1, 3, 4, 5]
     weights = output.attentions[0].unflatten(1, (heads, -1)).mean(dim=2)
+    torch.testing.assert_close(attention.recent[0], weights[:, :, -1])
     torch.testing.assert_close(attention.accumulated[0], weights.sum(dim=2))
     hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
     assert not any("PromptAttention" in hook.__qualname__ for hook in hooks if hasattr(hook, "__qualname__"))

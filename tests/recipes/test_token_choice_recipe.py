@@ -37,8 +37,8 @@ def test_from_plan_to_table(tiny_llama, tiny_tokenizer, tmp_path):
     for by_name in means.values():
         assert abs(by_name["dense"]["kl"]) < 1e-6
         assert by_name["all tokens"]["kl"] < 1e-4  # nothing is removed
-        others = ["attention, our blocks", "attention, all blocks", "first + last, our blocks"]
-        others += ["first + last, all blocks", "first + last, random blocks", "H2O, all blocks"]
+        others = ["attention, our blocks", "first + last, our blocks", "first + last, all blocks"]
+        others += ["first + last, random blocks", "H2O, all blocks", "SnapKV, all blocks"]
         others += ["all tokens, int4", "the plan, int4"]
         assert list(by_name) == ["dense", "all tokens", *others]
         kl = [by_name[name]["kl"] for name in others]

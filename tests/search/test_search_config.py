@@ -32,6 +32,7 @@ from hf_pdprune.search import SearchConfig
         ({"target_kv_reduction": 0.5}, "target_kv_reduction"),
         ({"token_aware_criterion": "magic"}, "token_aware_criterion must be one of kl"),
         ({"last_tokens": 0}, "last_tokens"),
+        ({"token_choice": "h2o"}, "token_choice must be one of first_last, attention"),
     ],
 )
 def test_bad_values_are_named(values, message):

@@ -1,7 +1,14 @@
-"""observed_attention: what the last queries of a prompt attend to, the rest of which attends as ever."""
+"""observed_attention: what the last queries of a prompt attend to, while the prompt attends as ever."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
+from torch import nn
+from transformers import Cache
 
+from ..blocks import get_blocks
 from .attention_replay import AttentionReplay
 
 
@@ -48,6 +55,42 @@ def observed_attention(
     if real is not None:
         grouped = grouped.masked_fill(~real[:, None, begin:, None].to(grouped.device), 0.0)
     return torch.nn.functional.pad(grouped.sum(dim=2), (0, prompt_tokens - end))
+
+
+@contextmanager
+def observing(
+    model: nn.Module, blocks: Iterable[int], cache: Cache, padding_mask: torch.Tensor, observed_tokens: int
+) -> Iterator[dict[int, torch.Tensor]]:
+    """
+    Within this context a forward of `model` over whole prompts, with a full cache, is observed.
+
+    Args:
+        model (`nn.Module`): The model.
+        blocks (`Iterable[int]`): Blocks that are observed, as the model counts.
+        cache ([`~transformers.Cache`]): What the forward fills.
+        padding_mask (`torch.Tensor`): Shape `(batch_size, prompt_tokens)`, 0 for padding.
+        observed_tokens (`int`): As for [`observed_attention`].
+
+    Yields:
+        `dict[int, torch.Tensor]`: By block, of shape `(batch_size, num_key_value_heads, prompt_tokens)`.
+    """
+    attention: dict[int, torch.Tensor] = {}
+
+    def observer(block: int, replay: AttentionReplay) -> Any:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> None:
+            keys, values = cache.layers[block].keys, cache.layers[block].values
+            attention[block] = observed_attention(
+                replay, args, kwargs, keys, values, padding_mask, 0, padding_mask.shape[1], observed_tokens
+            )
+
+        return hook
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            replay = AttentionReplay(get_blocks(model)[block])
+            hook = observer(block, replay)
+            hooks.callback(replay.module.register_forward_hook(hook, with_kwargs=True).remove)
+        yield attention
 
 
 def visible_keys(real: torch.Tensor | None, keys: int, queries: int, device: torch.device) -> torch.Tensor:

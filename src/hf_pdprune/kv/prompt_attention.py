@@ -1,4 +1,4 @@
-"""PromptAttention: where all the prompt's queries look, per block and KV head, recorded during prefill."""
+"""PromptAttention: where the prompt's queries look, per block and KV head, recorded during an eager prefill."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,12 +12,16 @@ from ..blocks import get_blocks
 
 class PromptAttention:
     """
-    The attention that each prompt token gets in each block from all queries: what H2O chooses by, a baseline. (The
-    plan's choice by attention needs the last queries alone, see [`observed_attention`].)
+    The attention that each prompt token gets in each block: of all queries, which H2O chooses by, and of the last ones
+    (SnapKV). For baselines; the plan's own choice needs no eager prefill, see [`observed_attention`].
+
+    Args:
+        recent_queries (`int`, defaults to 32): Queries at the prompt's end of which `recent` is the mean.
     """
 
-    def __init__(self):
-        # By block as the model counts: (batch_size, kv_heads, tokens)
+    def __init__(self, recent_queries: int = 32):
+        self.recent_queries = recent_queries
+        self.recent: dict[int, torch.Tensor] = {}  # by block as the model counts: (batch_size, kv_heads, tokens)
         self.accumulated: dict[int, torch.Tensor] = {}
 
     @contextmanager
@@ -63,4 +67,5 @@ class PromptAttention:
             num_key_value_heads (`int`): Heads that share a KV head count together.
         """
         grouped = weights.detach().float().unflatten(1, (num_key_value_heads, -1)).mean(dim=2)
+        self.recent[index] = grouped[:, :, -self.recent_queries :].mean(dim=2)
         self.accumulated[index] = grouped.sum(dim=2)
