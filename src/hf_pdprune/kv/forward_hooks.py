@@ -38,16 +38,21 @@ class ForwardHooks:
         self.padding_mask: torch.Tensor | None = None  # (rows, seen tokens + new ones), 0 for padding
         self.mask: tuple[torch.Tensor | None, torch.Tensor] | None = None  # its mask, and what became of it
         decoder, blocks = get_decoder(model), get_blocks(model)
+        token_aware = {index: cache.layers[index] for index in cache.token_aware_indices}
+        # Made before any hook is registered, since this may raise.
+        replays = {
+            index: AttentionReplay(blocks[index]) for index in token_aware if token_aware[index].observed_tokens
+        }
         handles = [
             decoder.register_forward_pre_hook(self._begin_forward(decoder), with_kwargs=True),
             decoder.register_forward_hook(self._end_forward, always_call=True),
         ]
-        for index in cache.token_aware_indices:
-            block, layer = blocks[index], cache.layers[index]
+        for index, layer in token_aware.items():
+            block = blocks[index]
             handles.append(block.register_forward_pre_hook(self._fit_mask(block, layer), with_kwargs=True))
-            if layer.observed_tokens:
-                replay = AttentionReplay(block)
-                handles.append(replay.module.register_forward_hook(self._observe(replay, layer), with_kwargs=True))
+            if index in replays:
+                observe = self._observe(replays[index], layer)
+                handles.append(replays[index].module.register_forward_hook(observe, with_kwargs=True))
                 handles.append(block.register_forward_hook(self._shorten(layer)))
         self.remove = weakref.finalize(cache, _remove_all, handles)
 
