@@ -71,8 +71,9 @@ def attention_weights(model, prompt_ids, prompt_mask, missing_blocks):
 
     def record(block):
         def hook(module, args, output):
-            if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], torch.Tensor):
-                weights[block] = output[1]
+            shown = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if isinstance(shown, torch.Tensor) and shown.dim() == 4:
+                weights[block] = shown
 
         return hook
 
