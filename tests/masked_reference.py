@@ -21,9 +21,10 @@ def is_sliding(model, block):
 
 def eager_copy(model):
     """The same model with eager attention, the only one that shows its weights."""
-    eager = AutoModelForCausalLM.from_config(
-        copy.deepcopy(model.config), attn_implementation="eager", dtype=torch.float32
-    )
+    with torch.random.fork_rng(devices=[]):
+        eager = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), attn_implementation="eager", dtype=torch.float32
+        )
     eager.load_state_dict(model.state_dict())
     return eager.eval()
 

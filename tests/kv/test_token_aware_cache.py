@@ -367,7 +367,7 @@ class TestLifetime:
         cache, *_ = filled_cache(plan, model, *random_prompts([16, 3]), completion_tokens=2)
         cache.reset()
         assert (cache.get_seq_length(), cache.nbytes, cache.batch_rows) == (0, 0, 0)
-        input_ids, mask = with_completion(*random_prompts([7, 11, 4], seed=4), 5)
+        input_ids, mask = with_completion(*random_prompts([6, 11, 4], seed=4), 5)
         real = mask.bool()
         actual = cached_logits(model, cache, input_ids, mask, [11, 2, 3])
         expected = masked_logits(model, plan, input_ids, mask, 11)
@@ -417,13 +417,12 @@ class TestObservedPrompt:
 
     def test_no_attention_is_held_where_nothing_is_dropped(self, llama):
         plan = PruningPlan.empty(llama, kv=replace(self.KV, first_tokens=8))
-        input_ids, mask = random_prompts([12, 5])
-        input_ids, mask = (torch.nn.functional.pad(tensor, (4, 0)) for tensor in (input_ids, mask))
-        cache = TokenAwareCache(plan, llama, prompt_tokens=16)
-        cached_logits(llama, cache, input_ids, mask, [14, 2])
-        assert all(layer.attention is None and layer.columns is None for layer in cache.token_aware_layers)
+        cache = TokenAwareCache(plan, llama, prompt_tokens=12)
+        for size in (10, 2):
+            cached_logits(llama, cache, *random_prompts([12, 5]), [size])
+            assert all(layer.attention is None and layer.columns is None for layer in cache.token_aware_layers)
         cache.crop(-6)
-        assert cache.get_seq_length() == 10
+        assert cache.get_seq_length() == 6
 
     def test_attention_that_cannot_be_observed_is_refused_at_construction(self, llama, monkeypatch):
         def forward(self, hidden_states, rotations, attention_mask=None, past_key_values=None):

@@ -110,11 +110,8 @@ class ForwardHooks:
     def _observe(self, replay: AttentionReplay, layer: "TokenAwareLayer") -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
             cache = self.cache()
-            if not self.is_active or layer.is_shortened:
-                return None
             prompt_tokens, padding_mask = cache.prompt_tokens, self.padding_mask
-            # Whether anything is dropped is certain when the prompt is complete, padding and all.
-            if layer.window is None if cache.prompt_is_complete else prompt_tokens <= cache.plan.kv.kept_tokens:
+            if not self.is_active or layer.is_shortened or prompt_tokens <= cache.plan.kv.kept_tokens:
                 return None
             attention = observed_attention(
                 replay,

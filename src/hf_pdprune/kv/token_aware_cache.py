@@ -160,8 +160,6 @@ class TokenAwareCache(Cache):
         window = PromptWindow.of_prompt(self.prompt_tokens, padding_mask, kv.first_tokens, kv.last_tokens)
         for layer in self.token_aware_layers:
             layer.window = window
-            if window is None:  # nothing is dropped, so what has been observed is not needed
-                layer.attention = None
         return window
 
     @property

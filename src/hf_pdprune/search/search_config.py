@@ -93,9 +93,9 @@ class SearchConfig:
             Prompt tokens at the beginning that token-aware blocks keep.
         last_tokens (`int`, *optional*, defaults to `112`):
             Prompt tokens at the end that they keep.
-        token_choice (`str`, *optional*, defaults to `"first_last"`):
-            Which tokens are kept: `"first_last"`, or `"attention"`, as many of each KV head, those to which the last
-            32 attend most (SnapKV).
+        token_choice (`str`, *optional*, defaults to `"attention"`):
+            Which tokens are kept: `"first_last"`, or `"attention"`, as many of each KV head, the last 32 and those to
+            which these attend most (SnapKV).
         token_aware_criterion (`str`, *optional*, defaults to `"kl"`):
             `"kl"` (what dropping costs, measured), `"attention_mass"` (PDTrim: blocks whose attention rests on the
             ends of the prompt) or `"random"`.
@@ -179,7 +179,7 @@ class SearchConfig:
     )
     last_tokens: int = field(default=112, metadata={"help": "Prompt tokens at the end that token-aware blocks keep."})
     token_choice: str = field(
-        default="first_last",
+        default="attention",
         metadata={
             "help": "Which tokens are kept: the first and last, or as many by attention of the last 32.",
             "choices": list(TOKEN_CHOICES),
