@@ -95,6 +95,6 @@ def test_attention_that_cannot_be_observed_is_refused_before_anything_is_spent(t
         pass
 
     monkeypatch.setattr(attention, "forward", forward)
-    TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3))
+    TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="first_last"))
     with pytest.raises(ValueError, match=r"LlamaAttention takes arguments .* \(rotations\).*first_last"):
         TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="attention"))

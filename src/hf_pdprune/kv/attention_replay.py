@@ -16,6 +16,7 @@ _TOKEN_DIMENSIONS = {"hidden_states": 1, "position_embeddings": -2, "position_id
 # Arguments that concern no token by itself, or are `None` in a decoder without a bias per position.
 _OTHER_ARGUMENTS = {"use_cache", "output_attentions", "alibi"}
 _UNUSED_ARGUMENTS = {"encoder_hidden_states", "encoder_attention_mask", "key_value_states"}
+_OTHER_CHOICE = "choose them by token_choice first_last"
 
 
 class AttentionReplay:
@@ -32,12 +33,15 @@ class AttentionReplay:
         block (`nn.Module`): The block.
 
     Raises:
-        `ValueError`: If its attention module takes arguments that are not known, so that they cannot be cut to a few
-            tokens.
+        `ValueError`: If it has other than one attention module, or one with arguments that are not known, so that
+            they cannot be cut to a few tokens.
     """
 
     def __init__(self, block: nn.Module):
-        self.module = get_attention(block)
+        try:
+            self.module = get_attention(block)
+        except ValueError as error:
+            raise ValueError(f"tokens cannot be chosen by attention: {error}; {_OTHER_CHOICE}") from error
         self.arguments = CallArguments(self.module)
         named = inspect.signature(self.module.forward).parameters.values()
         names = {p.name for p in named if p.kind is not inspect.Parameter.VAR_KEYWORD}
@@ -46,7 +50,7 @@ class AttentionReplay:
             what = ", ".join(sorted(names - known)) or "no hidden states or no mask"
             raise ValueError(
                 f"tokens cannot be chosen by attention: {type(self.module).__name__} takes arguments that are not "
-                f"known ({what}); choose them by token_choice first_last"
+                f"known ({what}); {_OTHER_CHOICE}"
             )
 
     def __call__(
@@ -84,16 +88,18 @@ class AttentionReplay:
         replayed |= {name: cache for name in CACHE_ARGUMENTS & given.keys()}
         dtype = replayed["hidden_states"].dtype
         hidden = torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
-        replayed["attention_mask"] = hidden
+        replayed["attention_mask"] = hidden.expand(len(keys), -1, -1, -1)
         eager = copy.copy(self.module)
-        eager.config, eager.training = _EagerConfig(self.module.config), False
+        eager.training = False
+        if "config" in vars(eager):  # without one, a module attends in one way only
+            eager.config = _EagerConfig(self.module.config)
         # The class's own forward: one that was put onto the module (accelerate does) would run the module itself.
         output = type(self.module).forward(eager, **replayed)
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if not isinstance(weights, torch.Tensor) or weights.dim() != 4:
             raise ValueError(
                 f"tokens cannot be chosen by attention: {type(self.module).__name__} shows no attention weights; "
-                "load the model with sdpa or eager attention, or choose them by token_choice first_last"
+                f"load the model with sdpa or eager attention, or {_OTHER_CHOICE}"
             )
         return output[0], weights
 
