@@ -157,7 +157,7 @@ class Study:
         device = PartialState().device
         dtype = "float32" if self.args.dtype == "auto" and device.type == "cpu" else self.args.dtype
         try:
-            model = AutoModelForCausalLM.from_pretrained(self.dense_name, dtype=dtype)
+            model = AutoModelForCausalLM.from_pretrained(self.dense_name, dtype=dtype, use_safetensors=True)
         except OSError as error:
             raise ValueError(f"no dense model {self.dense_name!r}: {str(error).splitlines()[0]}") from error
         return model.to(device).eval()

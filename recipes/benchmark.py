@@ -45,7 +45,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class BenchmarkArguments:
     """Which models are measured, and how they are loaded."""
 
-    stages: str | None = field(default=None, metadata={"help": "Folder with the stages prefill/ and decode/."})
+    stages: str | None = field(default=None, metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for the results. Default: stages."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
@@ -80,7 +80,9 @@ class BenchmarkArguments:
 def load_dense(args: BenchmarkArguments, name: str, **model_kwargs: Any) -> PreTrainedModel:
     """The dense model in eval mode; a `ValueError` that names it where there is none."""
     try:
-        return AutoModelForCausalLM.from_pretrained(name, revision=args.dense_revision, **model_kwargs).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            name, revision=args.dense_revision, use_safetensors=True, **model_kwargs
+        ).eval()
     except OSError as error:
         raise ValueError(f"no dense model {name!r}: {str(error).splitlines()[0]}") from error
 

@@ -41,6 +41,7 @@ from hf_pdprune.evaluation.task_comparison import compare_tasks, mean_accuracy
 from hf_pdprune.evaluation.text_overlap import TextOverlap
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
+from hf_pdprune.pair_layout import stage_folders
 
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
@@ -56,7 +57,7 @@ PLACES = ("stages", "dense", "data_folder", "output_dir")
 class EvaluateArguments:
     """Which models are evaluated, and on what."""
 
-    stages: str = field(metadata={"help": "Folder with the plan and the stages prefill/ and decode/."})
+    stages: str = field(metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
     )
@@ -141,7 +142,7 @@ class Models:
     @cached_property
     def identities(self) -> dict[str, dict[str, str]]:
         """What tells models apart whose results may differ, without loading them."""
-        fingerprint = read_json(Path(self.args.stages) / "prefill" / "config.json").get("pdprune", {})
+        fingerprint = read_json(stage_folders(self.args.stages)["prefill"] / "config.json").get("pdprune", {})
         return {
             "dense": {"dense": self.dense_name, "dtype": self._dtype()},
             "pruned": {

@@ -28,6 +28,7 @@ from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation.result_table import ResultTable, megabytes
 from hf_pdprune.inference import LINKS, DecodeStage, Link, PrefillStage, ThrottledSender, receive_frame
 from hf_pdprune.kv import QUANTIZATIONS, PayloadReader
+from hf_pdprune.pair_layout import stage_folders
 
 
 @dataclass
@@ -37,7 +38,7 @@ class HandoverArguments:
 
     Parameters:
         stages (`str`):
-            Folder with the stages prefill/ and decode/.
+            Folder of the pair, as recipes/prune.py writes it.
         dense (`str`, *optional*):
             The dense model: repo id or folder. Default: the one that the plan names.
         prompt_tokens (`int`, *optional*, defaults to `1024`):
@@ -56,7 +57,7 @@ class HandoverArguments:
             CPU threads of each process.
     """
 
-    stages: str = field(metadata={"help": "Folder with the stages prefill/ and decode/."})
+    stages: str = field(metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
     dense: str | None = field(
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
     )
@@ -96,8 +97,8 @@ def cases(args: HandoverArguments) -> list[Case]:
     folder = Path(args.stages)
     plan = PruningPlan.from_pretrained(folder)
     dense = args.dense or plan.base_model
-    empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense), dense)
-    stages = str(folder / "prefill"), str(folder / "decode")
+    empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True), dense)
+    stages = [str(path) for path in stage_folders(folder).values()]
     return [
         Case("dense", dense, dense, empty),
         Case("plan", *stages, plan),
@@ -108,7 +109,8 @@ def cases(args: HandoverArguments) -> list[Case]:
 def decode_process(case: Case, port: int, args: HandoverArguments) -> None:
     """Takes payloads, whole ones and streams, and answers with the times at which it had what."""
     torch.set_num_threads(args.threads)
-    stage = DecodeStage(AutoModelForCausalLM.from_pretrained(case.decode, dtype="float32").eval(), case.plan)
+    model = AutoModelForCausalLM.from_pretrained(case.decode, dtype="float32", use_safetensors=True).eval()
+    stage = DecodeStage(model, case.plan)
     with socket.create_connection(("127.0.0.1", port)) as connection:
         reader = PayloadReader(case.plan.digest)
         while frame := receive_frame(connection):
@@ -125,7 +127,7 @@ def decode_process(case: Case, port: int, args: HandoverArguments) -> None:
 
 def measure(case: Case, links: list[Link], args: HandoverArguments) -> dict[str, Any]:
     """The times of one kind of hand-over over each link, medians in seconds."""
-    model = AutoModelForCausalLM.from_pretrained(case.prefill, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(case.prefill, dtype="float32", use_safetensors=True).eval()
     stage = PrefillStage(model, case.plan, quantization=case.quantization)
     prompt = torch.randint(3, model.config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0))
     with socket.create_server(("127.0.0.1", 0)) as server:

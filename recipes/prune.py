@@ -27,17 +27,19 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.blocks import num_blocks
-from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples, tokenize_rows
 from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
     compare_quality,
+    handing_over_all_tokens,
     read_results,
     write_report,
     write_results,
 )
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
+from hf_pdprune.pair_layout import CHECKPOINTS
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
@@ -119,7 +121,7 @@ FILES_OF_STEP = {
         MERGED_PAIRS_FILE_NAME,
         *FRONT_FILE_NAMES,
     ),
-    "stages": ("checkpoints", "prefill", "decode", "distillation.json"),
+    "stages": ("checkpoints", *CHECKPOINTS, "distillation.json"),
     "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
 }
 
@@ -184,7 +186,7 @@ def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
         model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision, dtype=dtype
+            args.model_name_or_path, revision=args.model_revision, dtype=dtype, use_safetensors=True
         )
     except OSError as error:
         raise ValueError(f"no model {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
@@ -236,7 +238,10 @@ def train(
     plan: PruningPlan,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    """Distils the stages and writes prefill/ and decode/; goes on from the last complete checkpoint of `settings`."""
+    """
+    Distils the stages and writes prefill/ and decode/ (with `stage: unified`, unified/); goes on from the last
+    complete checkpoint of `settings`.
+    """
     folder = Path(training_args.output_dir)
     checkpoints = folder / "checkpoints" / f"{zlib.crc32(json.dumps([plan.digest, settings]).encode()):08x}"
     merged_pairs = None
@@ -250,8 +255,8 @@ def train(
         processing_class=tokenizer,
     )
     if merged_pairs is not None:  # a resumed training loads what it had made of them
-        for stage in ("prefill", "decode"):
-            merged_pairs.start_adapter(trainer.model, stage, plan.stage(stage).merged_blocks)
+        for name in trainer.stage_adapters.layout:
+            merged_pairs.start_adapter(trainer.model, name, plan.stage(name).merged_blocks)
     begun = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     seconds = time.perf_counter() - begun
@@ -317,7 +322,9 @@ def search(
     long = None
     if config.num_token_aware_blocks or config.target_kv_reduction:
         long = calibration(args.kv_calibration_prompt_tokens, args.kv_calibration_examples)
-    return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long)
+    text = load_text(args.train_dataset, args.train_split, subset=args.train_subset)
+    merge_text = tokenize_rows(text, tokenizer) if config.merge_pairs else None
+    return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long, merge_text=merge_text)
 
 
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
@@ -333,6 +340,8 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     own = asdict(args)
     searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
     searched |= asdict(config)
+    if config.merge_pairs:
+        searched |= {key: own[key] for key in own if key.startswith("train_")}
     if not run.is_done("plan", searched):
         check_plan_there(folder, args, config)
         search(args, config, model, tokenizer, folder)
@@ -355,14 +364,19 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         for stage in healed:
             stage.model.to(model.device)
         pairs = {"unhealed": (PrefillStage(model, plan), DecodeStage(model, plan)), "healed": healed}
+        # In one go, so that the dense model reads the text once.
+        all_tokens = {f"{name}, all tokens": tuple(map(handing_over_all_tokens, pair)) for name, pair in pairs.items()}
+        quality = compare_quality(model, pairs | all_tokens, held_out)
         results = {
-            "quality": compare_quality(model, pairs, held_out),
-            "quality_all_tokens": compare_quality(model, pairs, held_out, token_aware=False),
+            "quality": {name: quality[name] for name in ("dense", *pairs)},
+            "quality_all_tokens": {
+                name: quality[key] for name, key in zip(("dense", *pairs), ("dense", *all_tokens), strict=True)
+            },
             **SpeedBenchmark(model, *healed, benchmark).run(),
             "distillation": read_json(folder / "distillation.json"),
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
-        del model, healed, pairs
+        del model, healed, pairs, all_tokens
         handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}

@@ -23,7 +23,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from hf_pdprune.artefact_file import read_json, write_artefact
-from hf_pdprune.data import load_text
+from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
 from hf_pdprune.search import (
     BlockStatistics,
     Calibration,
@@ -68,6 +68,11 @@ class StudyArguments:
     batch_size: int = field(default=4, metadata={"help": "Examples per forward."})
     annealing_share: float = field(default=0.15, metadata={"help": "As for recipes/prune.py."})
     merge_rank: int = field(default=64, metadata={"help": "As for recipes/prune.py."})
+    merge_text: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Texts that pairs are distilled on: source[:split], each for an equal share."},
+    )
+    merge_tokens: int = field(default=32768, metadata={"help": "Tokens of them in all."})
 
 
 class Text:
@@ -100,6 +105,8 @@ class Study:
         for strategy in args.strategies:
             if strategy not in (*SIMPLE, *STEPWISE):
                 raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join((*SIMPLE, *STEPWISE))}")
+        if "annealing+merges" in args.strategies and not args.merge_text:
+            raise ValueError("annealing+merges needs merge_text, which pairs are distilled on")
         if len(args.validation_examples) not in (1, len(args.validation)):
             raise ValueError(f"validation_examples: {len(args.validation_examples)} for {len(args.validation)} texts")
         self.args = args
@@ -107,7 +114,9 @@ class Study:
         self.path = self.folder / "results.json"
         self.rows: list[dict[str, Any]] = read_json(self.path) if self.path.is_file() else []
         self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        self.model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            args.model_name_or_path, dtype=torch.float32, use_safetensors=True
+        )
         self.model.to(PartialState().device).eval()
         self.validation: dict[str, Text] = {}
 
@@ -133,7 +142,7 @@ class Study:
         args = self.args
         config = SearchConfig(count, count, search_seed=seed or 0, annealing_share=args.annealing_share)
         removable = removable_blocks(statistics, config, at_least=max(args.num_blocks))
-        pairs = self._pairs(text, statistics, config) if strategy == "annealing+merges" else MergedPairs()
+        pairs = self._pairs(statistics, config) if strategy == "annealing+merges" else MergedPairs()
         objective = self._objective(text, pairs)
         begun = time.perf_counter()
         if strategy in SIMPLE:
@@ -174,14 +183,25 @@ class Study:
         write_artefact(self.path, self.rows)
         write_artefact(self.folder / "table.md", table(self.rows))
 
-    def _pairs(self, text: Text, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
-        folder = self.folder / text.name
+    def _pairs(self, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
+        folder = self.folder
         if (folder / MERGED_PAIRS_FILE_NAME).is_file():
             return MergedPairs.from_pretrained(folder, self.model)
         absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
-        pairs = MergedPairs.distil(self.model, list(text.calibration.batches), absorbed, self.args.merge_rank)
+        pairs = MergedPairs.distil(self.model, self._merge_input_ids(), absorbed, self.args.merge_rank)
         pairs.save_pretrained(folder)
         return pairs
+
+    def _merge_input_ids(self) -> list[torch.LongTensor]:
+        """Rows of all texts, mixed: neurons are chosen on the first ones."""
+        batches: list[torch.LongTensor] = []
+        for named in self.args.merge_text:
+            source, _, split = named.partition(":")
+            rows = tokenize_rows(load_text(source, split or "train"), self.tokenizer)
+            batches += pack_tokens(rows, self.args.merge_tokens // len(self.args.merge_text), device=self.model.device)
+        rows = torch.cat(batches)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
+        return list(rows[order].split(len(batches[0])))
 
     def _objective(self, text: Text, pairs: MergedPairs) -> Objective:
         subject = text.calibration.digest + pairs.digest

@@ -315,7 +315,7 @@ def table(means: dict[str, dict[str, dict[str, float]]]) -> ResultTable:
 
 def main(args: TokenChoiceArguments) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32").eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32", use_safetensors=True).eval()
     choices = TokenChoices(model, PruningPlan.from_pretrained(args.plan), args)
     rows = load_text(args.text, split="validation")
     stream = [

@@ -63,9 +63,10 @@ SMALL = {
     **dict.fromkeys(("mamba_n_groups", "n_groups", "num_kv_shared_layers"), 1),
 }
 # What some architectures need besides, or instead.
-_SLIDING, _FULL, _LINEAR = "sliding_attention", "full_attention", "linear_attention"
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 VALUES = {
-    "cohere_compass_text": {"layer_types": [_SLIDING, _FULL] * 3},
+    "cohere_compass_text": {"layer_types": [_SLIDING, _FULL] * 3, "rope_parameters": {_SLIDING: _ROPE, _FULL: _ROPE}},
     "gemma3n_text": {"layer_types": [_SLIDING, _FULL] * 3, "num_kv_shared_layers": 2},
     "gemma4_text": {"layer_types": [_SLIDING, _FULL] * 3, "num_kv_shared_layers": 2},
     "gemma4_unified_text": {"layer_types": [_SLIDING, _FULL] * 3},
@@ -74,7 +75,34 @@ VALUES = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "falcon_h1": {"mamba_d_ssm": 128},
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
+    "xmod": {"default_language": "en_XX"},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 3},
+    "zaya": {"num_experts_per_tok": 1},
     "lfm2_moe": {"layer_types": ["conv", _FULL] * 3},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 96, "moe_top_k": 2},
+    },
+    "longcat_flash": {
+        "qk_head_dim": 32,
+        "ffn_hidden_size": 96,
+        "expert_ffn_hidden_size": 48,
+        "zero_expert_num": 2,
+    },
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "feed_forward_size": 96},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention"] * 3,
+        "ple_layer_ids": [3],
+        "ngram_vocab_size_base": 256,
+        "hc_lowrank": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "indexer_head_dim"), 16),
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_budget": 64,
+        "indexer_compress_ratio": 8,
+    },
 }
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from architecture_walk import DOCUMENT, document, look_at, tiny_model, walk
+from architecture_walk import DOCUMENT, continuation, document, look_at, tiny_model, walk
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_pdprune.blocks import bypass_blocks, remove_blocks
@@ -35,6 +35,21 @@ def test_refused_with_a_reason(model_type, tmp_path):
 def test_weights_of_blocks_in_several_lists():
     with pytest.raises(ValueError, match="XLMWithLMHeadModel has weights of its blocks outside of"):
         remove_blocks(tiny_model("xlm"), (2,))
+
+
+def test_blocks_that_return_more_than_hidden_states():
+    with pytest.raises(ValueError, match="ReformerModelWithLMHead cannot be bypassed: they return ReformerOutput"):
+        with bypass_blocks(tiny_model("reformer"), (2,)):
+            pass
+
+
+@pytest.mark.parametrize("model_type", ["xlnet", "zaya"])
+def test_what_blocks_hand_on_beside_hidden_states(model_type):
+    """What a bypassed block is given, and does not change, reaches the next block, as if it were removed."""
+    model = tiny_model(model_type)
+    shorter = remove_blocks(model, (1, 2, 4))
+    with bypass_blocks(model, (1, 2, 4)):
+        assert torch.equal(continuation(model, False), continuation(shorter, False))
 
 
 def test_kv_entries_that_other_blocks_reuse():

@@ -12,8 +12,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_pdprune"
 LAYERS = [
     "version",
     "artefact_file",
+    "weight_files",
     "shortened_config",
     "blocks",
+    "pair_layout",
     "plan",
     "fingerprint",
     "adapters",

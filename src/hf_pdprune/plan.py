@@ -13,11 +13,11 @@ from transformers.utils import cached_file
 
 from .artefact_file import read_json, write_artefact
 from .blocks import check_block_numbers, num_blocks
+from .pair_layout import served_stages
 from .version import __version__
 
 
 PLAN_FILE_NAME = "pruning_plan.json"
-STAGES = ("prefill", "decode")
 TOKEN_CHOICES = ("first_last", "attention")
 # With the choice by attention: the queries that choose, SnapKV's observation window. They are kept, too.
 _MOST_OBSERVED_TOKENS = 32
@@ -231,10 +231,19 @@ class PruningPlan:
     # Block numbers
 
     def stage(self, name: str) -> StagePlan:
-        """The stage's part by its name, `"prefill"` or `"decode"`."""
-        if name not in ("prefill", "decode"):
-            raise ValueError(f"unknown stage {name!r}; a plan has the stages prefill and decode")
-        return getattr(self, name)
+        """
+        The stage's part by its name, `"prefill"` or `"decode"`; `"unified"` is that of both.
+
+        Raises:
+            `ValueError`: If the name is unknown, or the stages of a unified model differ.
+        """
+        parts = [getattr(self, stage) for stage in served_stages(name)]
+        if any(part != parts[0] for part in parts):
+            raise ValueError(
+                f"a {name} model needs a plan in which prefill and decode miss the same blocks; this one misses "
+                f"{list(self.prefill.missing_blocks)} and {list(self.decode.missing_blocks)}"
+            )
+        return parts[0]
 
     def kept_blocks(self, stage: str) -> tuple[int, ...]:
         """Dense numbers of the blocks that a stage runs, in order: entry i is the stage checkpoint's block i."""

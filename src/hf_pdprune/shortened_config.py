@@ -20,6 +20,8 @@ _BLOCK_NUMBERS_ENTRIES = (
     "moe_layers",
     "cross_attention_layers",
 )
+# The same, counted from 1.
+_BLOCK_NUMBERS_FROM_ONE = ("ple_layer_ids",)
 # Kinds of blocks whose state is no KV cache, or that have none.
 _KINDS_WITHOUT_KV = frozenset({"linear_attention", "conv", "mamba", "recurrent", "moe", "mlp", "linear"})
 # How many blocks at the beginning, or at the end, are built differently.
@@ -124,6 +126,8 @@ def _shortened_entry(name: str, value: Any, kept_blocks: Sequence[int], total: i
     if name.startswith(("mtp_", "encoder_")):  # of other blocks than those of the decoder
         return value
     if isinstance(value, (list, tuple)):
+        if name in _BLOCK_NUMBERS_FROM_ONE:
+            return [index for index, number in enumerate(kept_blocks, start=1) if number + 1 in value]
         if name.endswith(_BLOCK_NUMBERS_ENTRIES):
             return [index for index, number in enumerate(kept_blocks) if number in value]
         if name == "block_types":  # repeated over the blocks

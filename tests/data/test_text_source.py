@@ -1,17 +1,11 @@
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
 from hf_pdprune.data import PYDOC_TOPICS, load_text
-from hf_pdprune.data import text_source as text_source_module
-
-
-PYDOC_SPLITS = ("calibration", "train", "validation")
 
 
 def write_jsonl(path, rows):
@@ -47,100 +41,6 @@ def hub(monkeypatch):
         return calls
 
     return install
-
-
-class TestPydocTopics:
-    def test_splits_share_no_topic_and_no_paragraph(self):
-        paragraphs = {}
-        for split in PYDOC_SPLITS:
-            rows = list(load_text(PYDOC_TOPICS, split)["text"])
-            paragraphs[split] = [paragraph for row in rows for paragraph in row.split("\n\n")]
-            assert len(set(paragraphs[split])) == len(paragraphs[split])
-        for first in PYDOC_SPLITS:
-            for second in PYDOC_SPLITS:
-                assert first == second or not set(paragraphs[first]) & set(paragraphs[second])
-
-        topics = {
-            split: {where.split(",")[1] for where, _ in text_source_module._pydoc_records(split)}
-            for split in paragraphs
-        }
-        assert len(set.union(*topics.values())) == sum(map(len, topics.values()))
-
-    def test_nothing_but_code_and_repetition_is_lost(self):
-        from pydoc_data.topics import topics
-
-        kept = {
-            paragraph
-            for split in PYDOC_SPLITS
-            for row in load_text(PYDOC_TOPICS, split)["text"]
-            for paragraph in row.split("\n\n")
-        }
-        # What is not indented is prose, but for underlines.
-        for topic in topics.values():
-            for paragraph in topic.split("\n\n"):
-                lines = [line for line in paragraph.strip("\n").split("\n") if set(line) - set("*=~^-")]
-                text = " ".join(" ".join(lines).split())
-                if lines and not lines[0].startswith(" ") and "::=" not in text and text[0] not in "+|>.":
-                    assert text in kept
-
-    def test_shares_by_characters(self):
-        sizes = {split: sum(map(len, load_text(PYDOC_TOPICS, split)["text"])) for split in PYDOC_SPLITS}
-        total = sum(sizes.values())
-        assert total > 200_000
-        assert sizes["calibration"] / total == pytest.approx(0.2, abs=0.05)
-        assert sizes["train"] / total == pytest.approx(0.6, abs=0.05)
-        assert sizes["validation"] / total == pytest.approx(0.2, abs=0.05)
-
-    @pytest.mark.parametrize("split", PYDOC_SPLITS)
-    def test_rows_are_prose_of_even_length(self, split):
-        for row in load_text(PYDOC_TOPICS, split)["text"]:
-            assert 10 <= len(row.split()) <= 700
-            assert "::=" not in row and ">>>" not in row and "***" not in row
-            assert all(" ".join(paragraph.split()) == paragraph for paragraph in row.split("\n\n"))
-            assert sum(sign.isalpha() or sign == " " for sign in row) > 0.7 * len(row)
-
-    def test_code_is_dropped_and_prose_kept(self):
-        prose = text_source_module._prose(
-            'The "lambda" form\n*****************\n\n   lambda_expr ::= "lambda" [parameters] ":" expression\n\n'
-            "Lambda expressions  are used\nto create functions:\n\n"
-            "   def <lambda>(parameters):\n       return expression\n\n"
-            "str.lower()\n\n   Return a copy of the string, with all of its characters in\n   lower case.\n\n"
-            "   >>> 'A'.lower()\n   'a'\n\n   * no statements or annotations\n\n   1. first of all"
-        )
-        assert prose == [
-            'The "lambda" form',
-            "Lambda expressions are used to create functions:",
-            "str.lower()",
-            "Return a copy of the string, with all of its characters in lower case.",
-            "* no statements or annotations",
-            "1. first of all",
-        ]
-
-    def test_same_in_another_process(self):
-        code = (
-            "import json; from hf_pdprune.data import load_text; "
-            "print(json.dumps(load_text('pydoc-topics', 'calibration')['text'][:]))"
-        )
-        environment = os.environ | {"PYTHONHASHSEED": "1234", "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
-        )
-        assert json.loads(done.stdout) == list(load_text(PYDOC_TOPICS, "calibration")["text"])
-
-    def test_topics_keep_their_split(self):
-        # Numbers measured on these splits are comparable only as long as this stays as it is.
-        assert [
-            text_source_module._pydoc_split(topic) for topic in ("types", "compound", "specialnames", "debugger")
-        ] == [
-            "calibration",
-            "train",
-            "validation",
-            "validation",
-        ]
-
-    def test_unknown_split(self):
-        with pytest.raises(ValueError, match="no split 'test', only calibration, train, validation"):
-            load_text(PYDOC_TOPICS, "test")
 
 
 class TestRowFormats:
@@ -295,7 +195,7 @@ class TestFolder:
         write_jsonl(tmp_path / "b.train.jsonl", [{"text": f"b{number}"} for number in range(3)])
         write_jsonl(tmp_path / "a.train.jsonl", [{"text": f"a{number}"} for number in range(2)])
         write_jsonl(tmp_path / "a.retrain.jsonl", [{"text": "another split"}])
-        assert load_text(str(tmp_path), "train")["text"][:] == ["a0", "b0", "a1", "b1"]
+        assert load_text(str(tmp_path), "train")["text"][:] == ["a0", "b0", "a1", "b1", "b2"]
         assert load_text(str(tmp_path), "train", max_rows=3)["text"][:] == ["a0", "b0", "a1"]
         assert load_text(str(tmp_path), "train", subset="b")["text"][:] == ["b0", "b1", "b2"]
         with pytest.raises(FileNotFoundError, match="no file c.train.jsonl"):
@@ -307,11 +207,13 @@ class TestFolder:
 
 
 class TestSeveralSources:
-    def test_equal_shares_in_turn(self, tmp_path):
+    def test_rows_in_turn_as_long_as_they_last(self, tmp_path):
         long = write_jsonl(tmp_path / "long.jsonl", [{"prompt": f"p{n}", "completion": "c"} for n in range(10)])
         short = write_jsonl(tmp_path / "short.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(4)])
         both = f"{long}, {short}"
-        assert load_text(both, "train")["prompt"][:] == ["p0", "q0", "p1", "q1", "p2", "q2", "p3", "q3"]
+        in_turn = ["p0", "q0", "p1", "q1", "p2", "q2", "p3", "q3", "p4", "p5", "p6", "p7", "p8", "p9"]
+        assert load_text(both, "train")["prompt"][:] == in_turn
+        assert load_text(both, "train", max_rows=10)["prompt"][:] == in_turn[:10]
         assert load_text(both, "train", max_rows=5)["prompt"][:] == ["p0", "q0", "p1", "q1", "p2"]
         assert load_text(both, "train").to_list() == load_text(both, "train").to_list()
 
@@ -324,8 +226,8 @@ class TestSeveralSources:
     def test_with_the_built_in_text(self, tmp_path):
         path = write_jsonl(tmp_path / "a.jsonl", [{"text": "mine"}] * 3)
         rows = load_text(f"{path},{PYDOC_TOPICS}", "train")["text"][:]
-        assert len(rows) == 6 and rows[::2] == ["mine"] * 3
-        assert rows[1::2] == load_text(PYDOC_TOPICS, "train", max_rows=3)["text"][:]
+        assert rows[:6:2] == ["mine"] * 3 and rows[6:].count("mine") == 0
+        assert rows[1:6:2] == load_text(PYDOC_TOPICS, "train", max_rows=3)["text"][:]
 
     def test_comma_in_a_path(self, tmp_path):
         assert load_text(write_jsonl(tmp_path / "a,b.jsonl", [{"text": "a"}]), "train")["text"][:] == ["a"]
@@ -349,7 +251,10 @@ class TestHub:
         assert no_hub == [("org/name", "en", "train")]
 
     def test_misspelt_built_in_name(self, no_hub):
-        with pytest.raises(ValueError, match="data set 'pydoc-topic' is neither 'pydoc-topics' nor a local path"):
+        with pytest.raises(
+            ValueError,
+            match="data set 'pydoc-topic' is neither 'pydoc-topics' nor 'pydoc-docstrings' nor a local path",
+        ):
             load_text("pydoc-topic", "train")
 
     def test_rows(self, hub):

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -42,6 +44,35 @@ def test_the_three_ways_give_the_same_pair(tiny_llama, folder):
     for source in sources:
         torch.testing.assert_close(first_logits(source.load()), expected, atol=1e-5, rtol=1e-5)
     assert [source.tokenizer for source in sources] == [f"{pair}/prefill"] * 2 + [dense] * 2
+
+
+def test_a_unified_model(tiny_llama, folder):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2,)))
+    export_stages(tiny_llama, plan, folder / "one", layout=("unified",))
+    unified = str(folder / "one" / "unified")
+    expected = first_logits((PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan)))
+    for source in (PairSource(str(folder / "one")), PairSource(prefill=unified, decode=unified)):
+        prefill, decode = source.load()
+        assert prefill.model is decode.model and source.tokenizer == unified
+        torch.testing.assert_close(first_logits((prefill, decode)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_is_unpickled(tiny_llama, folder):
+    for path in (folder / "pair" / "decode").glob("*.safetensors"):
+        path.unlink()
+    torch.save(tiny_llama.state_dict(), folder / "pair" / "decode" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        PairSource(prefill=str(folder / "pair" / "prefill"), decode=str(folder / "pair" / "decode")).load()
+
+
+def test_file_names_of_an_index_stay_in_the_folder(folder):
+    prefill, decode = folder / "pair" / "prefill", folder / "pair" / "decode"
+    (decode / "model.safetensors").rename(folder / "other.safetensors")
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "../../other.safetensors"}}
+    (decode / "model.safetensors.index.json").write_text(json.dumps(index))
+    for source in (PairSource(str(folder / "pair")), PairSource(prefill=str(prefill), decode=str(decode))):
+        with pytest.raises(ValueError, match="no safetensors file beside it"):
+            source.load()
 
 
 def test_the_empty_plan_is_the_dense_model(tiny_llama, folder):

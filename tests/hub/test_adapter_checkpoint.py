@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,32 @@ def test_stage_without_adapter(folders):
     shutil.rmtree(folders[1] / "decode")
     with pytest.raises(FileNotFoundError, match=r"no prefill/adapter_config.json or decode/adapter_config.json"):
         load_stages(*folders)
+
+
+def test_one_adapter_for_both_stages(trained, folders, tmp_path):
+    model, plan = trained
+    same = replace(plan, prefill=plan.decode)
+    save_adapters(model, same, folders[1], {"unified": "decode"})
+    assert {path.name for path in folders[1].iterdir()} == {"unified", "pruning_plan.json"}
+    prefill, decode = load_stages(*folders)
+    assert prefill.model is decode.model and (prefill.adapter, decode.adapter) == ("unified", "unified")
+    export_stages(model, same, tmp_path / "pair", {"unified": "decode"}, layout=("unified",))
+    exported = load_stages(tmp_path / "pair")
+    assert prefill.fingerprint == exported[0].fingerprint
+    assert torch.equal(generated(prefill, decode), generated(*exported))
+    with pytest.raises(ValueError, match="a unified model needs a plan"):
+        save_adapters(model, plan, folders[1], {"unified": "decode"})
+    with pytest.raises(ValueError, match="unified and prefill are both for the prefill stage"):
+        save_adapters(model, same, folders[1], {"unified": "decode", "prefill": "prefill"})
+
+
+def test_what_is_no_adapter_is_not_replaced(trained, tmp_path):
+    model, plan = trained
+    export_stages(model, plan, tmp_path)
+    before = (tmp_path / "decode" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="prefill holds files but no adapter_config.json"):
+        save_adapters(model, plan, tmp_path)
+    assert (tmp_path / "decode" / "model.safetensors").read_bytes() == before
 
 
 def test_of_another_model(tiny_model, folders):

@@ -1,6 +1,10 @@
+import os
+import shutil
+
 import pytest
 from safetensors import SafetensorError
 
+from hf_pdprune.hub import folder_swap
 from hf_pdprune.hub.folder_swap import FolderSwap
 
 
@@ -58,6 +62,54 @@ def test_what_a_kill_left_is_put_right(tmp_path):
         with FolderSwap(tmp_path / "a", tmp_path / "b"):
             raise KeyError
     assert files(tmp_path) == {"a/file": "old", "b/file": "old"}
+
+
+def test_what_the_new_content_makes_wrong_is_removed_with_it(tmp_path):
+    for folder in ("a", "b"):
+        write(tmp_path / folder, "old")
+    with pytest.raises(KeyError), FolderSwap(tmp_path / "c", removed=[tmp_path / "a", tmp_path / "b"]) as swap:
+        with swap.writing(tmp_path / "c") as new:
+            write(new, "new")
+        raise KeyError
+    assert files(tmp_path) == {"a/file": "old", "b/file": "old"}
+    with FolderSwap(tmp_path / "c", removed=[tmp_path / "a", tmp_path / "b"]) as swap:
+        with swap.writing(tmp_path / "c") as new:
+            write(new, "new")
+    assert files(tmp_path) == {"c/file": "new"} and [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize("failing_call", range(1, 5))
+def test_exception_in_a_renaming_brings_removed_folders_back(tmp_path, monkeypatch, failing_call):
+    for folder in ("a", "b", "c"):
+        write(tmp_path / folder, "old")
+    real_replace, calls = os.replace, []
+
+    def replace(source, target):
+        calls.append(source)
+        if len(calls) == failing_call:
+            raise KeyboardInterrupt
+        return real_replace(source, target)
+
+    monkeypatch.setattr(folder_swap.os, "replace", replace)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        FolderSwap(tmp_path / "c", removed=[tmp_path / "a", tmp_path / "b"]) as swap,
+    ):
+        with swap.writing(tmp_path / "c") as new:
+            write(new, "new")
+    assert files(tmp_path) == {"a/file": "old", "b/file": "old", "c/file": "old"}
+
+
+def test_kill_between_removing_and_replacing(tmp_path):
+    # Removed but not yet replaced: they come back. Replaced: they go for good.
+    for is_replaced in (False, True):
+        write(tmp_path / ".a.old", "old")
+        write(tmp_path / ("c" if is_replaced else ".c.new"), "new")
+        with pytest.raises(KeyError), FolderSwap(tmp_path / "c", removed=[tmp_path / "a"]):
+            raise KeyError
+        assert files(tmp_path) == ({"c/file": "new"} if is_replaced else {"a/file": "old"})
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path)
 
 
 def test_nothing_is_replaced_unless_all_was_written(tmp_path):

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_pdprune.hub import export_stages, load_stages
-from hf_pdprune.plan import STAGES, PruningPlan, StagePlan
+from hf_pdprune.pair_layout import STAGES
+from hf_pdprune.plan import PruningPlan, StagePlan
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a process that was forked")

@@ -34,6 +34,13 @@ def test_pickled_weights_are_not_read(pair):
         load_stages(pair)
 
 
+def test_what_would_run_code_is_refused(pair):
+    with pytest.raises(ValueError, match="trust_remote_code is for a dense model"):
+        load_stages(pair, trust_remote_code=True)
+    with pytest.raises(ValueError, match="use_safetensors must be True"):
+        load_stages(pair, use_safetensors=False)
+
+
 def test_remote_code_is_not_run(pair):
     (pair / "decode" / "evil.py").write_text("raise SystemExit('ran')")
     edit(pair / "decode" / "config.json", lambda data: data.update(auto_map={"AutoConfig": "evil.C"}))

@@ -86,6 +86,22 @@ def test_card_of_both_stages():
     assert card.count("alone, without hf_pdprune") == 2 and {"prefill", "decode"} <= set(front_matter(card)["tags"])
 
 
+def test_card_of_a_unified_model(tiny_llama, tiny_tokenizer, tmp_path, capsys):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2,)))
+    export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer, layout=("unified",))
+    for results in (None, RESULTS):
+        if results:
+            write_model_cards(tmp_path, results)
+        card = (tmp_path / "unified" / "README.md").read_text()
+        assert "**removed for both stages**" in card and "The two stages belong together" not in card
+        assert "As one model, without hf_pdprune" in card and "unified" in front_matter(card)["tags"]
+        blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        assert len(blocks) == 2
+        for code in blocks:
+            exec(code.replace("path/to/folder", json.dumps(str(tmp_path))[1:-1]), {})
+    assert "| healed | 20.25 |" in card and capsys.readouterr().out.startswith("The capital of France is")
+
+
 def test_licence_is_taken_over(tiny_llama, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "dense")
     (tmp_path / "dense" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Model\n")

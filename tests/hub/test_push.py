@@ -8,9 +8,10 @@ import sys
 import pytest
 from hub_server import TOKEN, HubServer
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_pdprune.hub import export_stages, push_stages_to_hub
+from hf_pdprune.hub.model_card import licence_in
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -64,19 +65,32 @@ seen["generated"] = {
 model = AutoModelForCausalLM.from_pretrained("me/tiny-decode")
 tokenizer = AutoTokenizer.from_pretrained("me/tiny-decode")
 seen["alone"] = [type(model).__name__, model.config.num_hidden_layers, tokenizer.decode(tokenizer("hi")["input_ids"])]
+push_stages_to_hub(sys.argv[3], "me/one", token=sys.argv[2])
+push_stages_to_hub(sys.argv[3], "me/one-folder", subfolders=True, token=sys.argv[2])
+seen["unified"] = [generated(sys.argv[3]), generated("me/one"), generated("me/one-folder")]
+seen["unified files"] = digests(snapshot_download("me/one-unified"))
+push_stages_to_hub(folder, "me/one", token=sys.argv[2])
+try:
+    load_stages("me/one")
+except ValueError as error:
+    seen["two pairs"] = str(error)
 print(json.dumps(seen))
 """
+
+
+def tiny_llama_and_tokenizer():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
+    config = AutoConfig.for_model("llama", num_hidden_layers=6, initializer_range=0.2, **sizes)
+    words = Tokenizer(models.WordLevel({"hi": 3, "?": 0}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?", eos_token="?")
+    return AutoModelForCausalLM.from_config(config).eval(), tokenizer
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Folder of a pair whose weights take several files."""
     folder = tmp_path_factory.mktemp("pair")
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 256}
-    config = AutoConfig.for_model("llama", num_hidden_layers=6, initializer_range=0.2, **sizes)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    words = Tokenizer(models.WordLevel({"hi": 3, "?": 0}, unk_token="?"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?", eos_token="?")
+    model, tokenizer = tiny_llama_and_tokenizer()
     stages = {"prefill": StagePlan((2,)), "decode": StagePlan((2, 4)), "kv": KVPlan((0, 3), 2, 4)}
     export_stages(
         model, PruningPlan.empty(model, "org/base", **stages), folder, tokenizer=tokenizer, max_shard_size="300KB"
@@ -88,17 +102,33 @@ def pair(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pushed(pair, tmp_path_factory):
+def unified(tmp_path_factory):
+    """Folder of a unified model."""
+    folder = tmp_path_factory.mktemp("unified")
+    model, tokenizer = tiny_llama_and_tokenizer()
+    stages = {"prefill": StagePlan((2,)), "decode": StagePlan((2,)), "kv": KVPlan((0, 3), 2, 4)}
+    plan = PruningPlan.empty(model, "org/base", **stages)
+    return export_stages(model, plan, folder, tokenizer=tokenizer, layout=("unified",))
+
+
+@pytest.fixture(scope="module")
+def pushed(pair, unified, tmp_path_factory):
     """The server, what the client saw, all that the client wrote to its outputs, and its home."""
     home = tmp_path_factory.mktemp("home")
+    done, server = run_client(CLIENT, [pair, unified], home, refuse_after=2)
+    return server, json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, home
+
+
+def run_client(script, folders, home, refuse_after=None):
+    """Runs a script with a folder, the token and more folders as its arguments, beside a server of its own."""
     with HubServer() as server:
-        server.refuse_after = 2
+        server.refuse_after = refuse_after
         environment = os.environ | {"HF_ENDPOINT": server.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
         environment.pop("HF_HUB_OFFLINE", None)
-        command = [sys.executable, "-c", CLIENT, str(pair), TOKEN]
+        command = [sys.executable, "-c", script, str(folders[0]), TOKEN, *map(str, folders[1:])]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
-    return server, json.loads(done.stdout.splitlines()[-1]), done.stdout + done.stderr, home
+    return done, server
 
 
 def published(folder):
@@ -130,6 +160,17 @@ def test_one_repo_with_subfolders(pair, pushed):
         assert {name: actual.get(name) for name in expected} == expected
     assert {"README.md", "pruning_plan.json", "prefill/README.md", "decode/pruning_plan.png"} <= actual.keys()
     assert seen["generated"]["subfolders"] == seen["generated"]["folder"]
+
+
+def test_unified_model(unified, pushed):
+    server, seen, _, _ = pushed
+    expected = published(unified / "unified")
+    assert {name: seen["unified files"][name] for name in expected} == expected
+    assert seen["unified"][0] == seen["unified"][1] == seen["unified"][2]
+    assert 'load_stages("me/one")' in server.repos["me/one-unified"].branches["main"]["README.md"].decode()
+    assert "unified/model.safetensors" in server.repos["me/one-folder"].branches["main"]
+    # One name with two pairs under it: neither is taken for the other.
+    assert "prefill and unified are both for the prefill stage" in seen["two pairs"]
 
 
 def test_interrupted_push_goes_on(pushed):
@@ -181,3 +222,46 @@ def test_nothing_is_pushed_that_is_no_pair(pair, tmp_path):
     (tmp_path / "pair" / "decode" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="not of one pair"):
         push_stages_to_hub(tmp_path / "pair", "me/x")
+
+
+# Pushes, reads the cards from the Hub and runs what they say, as somebody would who has only the repo's name.
+CARD_READER = """
+import hashlib, json, re, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from huggingface_hub import ModelCard, snapshot_download
+from hf_pdprune.hub import push_stages_to_hub
+push_stages_to_hub(sys.argv[1], "me/smollm2", token=sys.argv[2])
+seen = {}
+for stage in ("prefill", "decode"):
+    folder = Path(snapshot_download(f"me/smollm2-{stage}"))
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    card = ModelCard.load(f"me/smollm2-{stage}")
+    metrics = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    for code in re.findall(r"```python\\n(.*?)```", card.text, re.DOTALL):
+        exec(code.replace("max_new_tokens=64", "max_new_tokens=8"), {})
+    seen[stage] = {"files": digests, "licence": card.data.license, "base": card.data.base_model, "metrics": metrics}
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_real_model_comes_back_byte_for_byte(smollm2, tmp_path):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(smollm2), AutoTokenizer.from_pretrained(smollm2)
+    base = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    stages = {"prefill": StagePlan((3, 5, 17, 25)), "decode": StagePlan((3, 4, 5, 7, 17, 25)), "kv": KVPlan((6, 8))}
+    plan = PruningPlan.empty(model, base, **stages)
+    folder = export_stages(model, plan, tmp_path / "pair", tokenizer=tokenizer, max_shard_size="200MB")
+    (folder / "results.json").write_text(json.dumps({"quality": {"unhealed": {"perplexity": 24.9, "kl": 0.714}}}))
+    done, server = run_client(CARD_READER, [folder], tmp_path)
+    seen = json.loads(done.stdout.splitlines()[-1])
+    licence = licence_in(smollm2 / "README.md")
+    for stage in ("prefill", "decode"):
+        expected = published(folder / stage)
+        assert len([name for name in expected if name.endswith(".safetensors")]) > 1
+        assert {name: seen[stage]["files"].get(name) for name in expected} == expected
+        assert seen[stage]["base"] == base and seen[stage]["licence"] == licence
+        assert seen[stage]["metrics"] == {"perplexity": 24.9, "kl": 0.714}
+    assert "The capital of France is" in done.stdout

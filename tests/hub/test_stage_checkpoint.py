@@ -119,6 +119,49 @@ print(json.dumps(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].
         assert json.loads(done.stdout.splitlines()[-1]) == expected[0].tolist()
 
 
+@torch.no_grad()
+def test_one_model_for_both_stages(tiny_model, tiny_tokenizer, tmp_path):
+    model = with_adapters(tiny_model("llama"))
+    plan = plan_of(model.get_base_model(), (2, 4), (2, 4), token_aware_blocks=(0, 3), first_tokens=2, last_tokens=4)
+    export_stages(model, plan, tmp_path, {"unified": "decode"}, tiny_tokenizer, layout=("unified",))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pruning_plan.json", "unified"]
+    prefill, decode = load_stages(tmp_path)
+    assert prefill.model is decode.model and prefill.model.config.pdprune["stage"] == "unified"
+    with bypass_blocks(model, (2, 4)), active_adapter(model, "decode"):
+        expected = model(input_ids=IDS, use_cache=False).logits
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unified")
+    torch.testing.assert_close(reloaded(IDS, use_cache=False).logits, expected, atol=1e-3, rtol=1e-5)
+    generated = []
+    for stages in ((prefill, decode), (PrefillStage(model, plan, "decode"), DecodeStage(model, plan, "decode"))):
+        payload = stages[0](IDS, torch.ones_like(IDS), do_sample=False)
+        generated.append(stages[1].generate(payload, max_new_tokens=8, do_sample=False))
+    assert torch.equal(*generated)
+
+
+def test_one_model_needs_the_same_blocks_in_both_stages(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="a unified model needs a plan in which prefill and decode miss the same"):
+        export_stages(tiny_llama, plan_of(tiny_llama), tmp_path, layout=("unified",))
+    with pytest.raises(ValueError, match="layout must be one of"):
+        export_stages(tiny_llama, plan_of(tiny_llama), tmp_path, layout=("prefill", "unified"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_holds_one_pair(tiny_llama, tmp_path):
+    plan = plan_of(tiny_llama, (2,), (2,))
+    for layout in (("prefill", "decode"), ("unified",), ("prefill", "decode"), ("unified",)):
+        export_stages(tiny_llama, plan, tmp_path, layout=layout)
+        assert {path.name for path in tmp_path.iterdir()} == {*layout, "pruning_plan.json"}
+        load_stages(tmp_path)
+    other = plan_of(tiny_llama, (3,), (3,))
+    with pytest.raises(ValueError, match="holds another plan"):
+        export_stages(tiny_llama, other, tmp_path)
+    export_stages(tiny_llama, other, tmp_path, overwrite=True)
+    assert not (tmp_path / "unified").exists() and load_stages(tmp_path)[0].plan == other
+    shutil.copytree(tmp_path / "prefill", tmp_path / "unified")
+    with pytest.raises(ValueError, match="prefill and unified are both for the prefill stage"):
+        load_stages(tmp_path)
+
+
 def test_folders_hold_all_that_a_checkpoint_needs(tiny_llama, tiny_tokenizer, tmp_path):
     plan = plan_of(tiny_llama)
     tiny_llama.generation_config.temperature = 0.7

@@ -47,12 +47,29 @@ def test_two_processes_equal_one(tiny_llama, tiny_tokenizer, tmp_path):
     assert set(result["seconds"]) == {"prefill", "transfer", "decode"}
 
 
+def test_both_processes_load_a_unified_model(tiny_llama, tiny_tokenizer, tmp_path):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((3,)), decode=StagePlan((3,)))
+    export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer, layout=("unified",))
+    result = handover_between_processes(tmp_path, PROMPTS[:1], 6, num_threads=1)
+    inputs = tiny_tokenizer(PROMPTS[:1], return_tensors="pt")
+    expected = load_stages(tmp_path)[0].model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    assert result["sequences"] == expected.tolist()
+
+
 def test_failure_in_a_process_is_one_line(tiny_llama, tiny_tokenizer, tmp_path):
     tiny_llama.config.max_position_embeddings = 16
     export_stages(tiny_llama, PruningPlan.empty(tiny_llama, "tiny"), tmp_path, tokenizer=tiny_tokenizer)
     with pytest.raises(RuntimeError, match="the prefill process failed.*the model's context is 16") as error:
         handover_between_processes(tmp_path, PROMPTS, 4, num_threads=1)
     assert "\n" not in str(error.value)
+
+
+def test_index_that_leads_elsewhere_starts_no_process(tiny_llama, tmp_path):
+    export_stages(tiny_llama, PruningPlan.empty(tiny_llama, "tiny"), tmp_path)
+    index = tmp_path / "decode" / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"lm_head.weight": "../../other.safetensors"}}')
+    with pytest.raises(ValueError, match="no safetensors file beside it"):
+        handover_between_processes(tmp_path, PROMPTS, 4)
 
 
 def test_bad_input_starts_no_process(tmp_path):

@@ -60,6 +60,15 @@ class TestStage:
             kind(tiny_model("llama", num_hidden_layers=5), plan)
 
 
+def test_unified_checkpoint_is_either_stage(tiny_llama, exported):
+    plan = PruningPlan.empty(tiny_llama, prefill=StagePlan((1,)), decode=StagePlan((1,)))
+    model = exported(tiny_llama, plan, "unified")
+    stages = PrefillStage(model, plan), DecodeStage(model, plan)
+    assert [stage.running_blocks for stage in stages] == [(0, 2, 3, 4, 5)] * 2
+    with stages[1].active():
+        assert bypassed(model) == []
+
+
 def test_stages_of_one_model_share_a_fingerprint(tiny_llama, plan, exported):
     fingerprints = {
         stage(model, plan).fingerprint

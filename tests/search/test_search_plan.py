@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from hf_pdprune.plan import PruningPlan
 from hf_pdprune.search import BlockStatistics, SearchConfig, SearchJournal, search_plan
@@ -109,8 +110,13 @@ def test_targets_instead_of_counts(setup, tmp_path):
 
 
 def test_merged_pairs_are_distilled_once_and_resumed(setup, tmp_path, monkeypatch):
-    options = config(merge_pairs=True, merge_rank=8, num_token_aware_blocks=None)
-    plan = search_plan(*setup, options, tmp_path)
+    options = config(merge_pairs=True, merge_tokens=256, num_token_aware_blocks=None)
+    with pytest.raises(ValueError, match="merge_pairs needs merge_text"):
+        search_plan(*setup, options, tmp_path)
+    read = []
+    rows = (read.append(row) or row for row in torch.randint(3, 250, (100, 32)).tolist())
+    plan = search_plan(*setup, options, tmp_path, merge_text=rows)
+    assert len(read) == 8  # 256 tokens
     assert plan.decode.merged_blocks and plan.provenance["cost"]["distilling_pairs_block_tokens"] > 0
     monkeypatch.setattr(type(setup[0]), "forward", None)  # all is known
     assert outcome(search_plan(*setup, options, tmp_path)) == outcome(plan)

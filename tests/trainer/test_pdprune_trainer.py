@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -330,6 +331,40 @@ def test_unified_stages_share_one_adapter(tiny_model, plan, rows, tmp_path, tiny
     trainer.train()
     assert list(trainer.model.peft_config) == ["unified"]
     assert trainer.evaluate()["eval_loss"] < before
+    assert_exports_one_model(trainer, rows, tmp_path / "stages")
+
+
+def test_exported_configs_are_the_dense_models(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+    before = tiny_llama.config.to_dict()
+    trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "stages"))
+    for stage in ("prefill", "decode"):
+        exported = json.loads((tmp_path / "stages" / stage / "config.json").read_text())
+        changed = {key for key, value in exported.items() if before.get(key) != value}
+        # A config that has never been saved names no class.
+        assert changed - {"architectures"} == {"num_hidden_layers", "pdprune"}
+        assert exported["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_unified_stages_share_all_weights(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+    same = replace(plan, prefill=plan.decode)
+    trainer = make_trainer(
+        tiny_llama, same, rows, tmp_path, tiny_tokenizer, stage="unified", full_finetuning=True, learning_rate=1e-3
+    )
+    trainer.train()
+    assert_exports_one_model(trainer, rows, tmp_path / "stages")
+
+
+def assert_exports_one_model(trainer, rows, folder):
+    trainer.save_model(str(folder))
+    assert {path.name for path in folder.iterdir()} == {"unified", "pruning_plan.json"}
+    batch = trainer.data_collator([rows[0], rows[1]])
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = disaggregated_forward(*trainer.stages(), batch)
+        actual = disaggregated_forward(*load_stages(folder), batch)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_adapters_of_an_earlier_training_go_on(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
@@ -519,7 +554,7 @@ def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, plan, row
     fixed = {name for name, p in lora_of(whole).items() if not p.requires_grad}
     fitted = {
         f"layers.{block}.mlp.{name}_proj.lora_{part}.{stage}.weight"
-        for block, stage in ((2, "prefill"), (1, "decode"))  # those before the gaps
+        for block, stage in ((2, "prefill"), (4, "prefill"), (1, "decode"), (4, "decode"))
         for name in ("gate", "up", "down")
         for part in "AB"
     }

@@ -3,8 +3,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from hf_pdprune.adapters import active_adapter
-from hf_pdprune.blocks import bypass_blocks
+from hf_pdprune.blocks import bypass_blocks, get_blocks
+from hf_pdprune.search.gap_regression import GapRegression
+from hf_pdprune.search.least_squares import LeastSquares
 from hf_pdprune.trainer import ResidualFit
+from hf_pdprune.trainer.residual_fit import blocks_beside_gaps
 
 
 def adapted(model, rank=64):
@@ -34,13 +37,13 @@ def test_hidden_states_come_nearer_to_the_dense_models(tiny_llama, ids, missing)
     assert all(0 <= value < 1 for value in left.values())
 
 
-def test_only_blocks_before_gaps_change(tiny_llama, ids):
+def test_only_blocks_beside_gaps_change(tiny_llama, ids):
     model = adapted(tiny_llama)
-    assert set(ResidualFit(model, ids.split(8)).fit((2, 4), "stage")) == {1, 3}
+    assert set(ResidualFit(model, ids.split(8)).fit((1, 3), "stage")) == {0, 2, 4}
     changed = {n for n, p in model.named_parameters() if "lora_B" in n and p.abs().sum() > 0}
-    assert {n.split("layers.")[1].split(".lora")[0] for n in changed} == {
-        f"{block}.mlp.{name}_proj" for block in (1, 3) for name in ("gate", "up", "down")
-    }
+    changed = {n.split("layers.")[1].split(".lora")[0] for n in changed}
+    assert changed <= {f"{block}.mlp.{name}_proj" for block in (0, 2, 4) for name in ("gate", "up", "down")}
+    assert changed >= {f"{block}.mlp.down_proj" for block in (0, 2, 4)} | {"0.mlp.gate_proj", "2.mlp.gate_proj"}
 
 
 def without_attention(model, *blocks):
@@ -121,3 +124,88 @@ def test_blocks_with_a_norm_behind_the_mlp_are_left_to_training(tiny_model, ids,
     before = hidden_states(model, ids, (3,), "stage")
     assert ResidualFit(model, ids.split(8)).fit((3,), "stage") == {}
     assert torch.equal(hidden_states(model, ids, (3,), "stage"), before)
+
+
+def test_left_is_what_is_missing_behind_the_gap(tiny_llama, ids):
+    """Block 1 comes right before the gap, so what reaches block 3 is what was fitted."""
+    model = adapted(tiny_llama)
+    left = ResidualFit(model, ids.split(8)).fit((2,), "stage")[1]
+
+    def after_gap(missing, adapter):
+        arrived = []
+        handle = get_blocks(model)[3].register_forward_pre_hook(lambda module, args: arrived.append(args[0]))
+        hidden_states(model, ids, missing, adapter)
+        handle.remove()
+        return arrived[0]
+
+    dense = after_gap((), None)
+    unhealed, healed = (
+        ((after_gap((2,), adapter) - dense) / dense.norm(dim=-1, keepdim=True)).pow(2).sum()
+        for adapter in (None, "stage")
+    )
+    assert left == pytest.approx(float(healed / unhealed), rel=1e-3)
+
+
+def test_stages_share_the_fit_of_a_gap_that_both_have(tiny_llama, ids, monkeypatch):
+    model = adapted(tiny_llama)
+    model.add_adapter("other", LoraConfig(r=64, target_modules="all-linear", task_type="CAUSAL_LM"))
+    solved = []
+    solve = GapRegression._take_over_neurons
+    monkeypatch.setattr(GapRegression, "_take_over_neurons", lambda self, gap: solved.append(gap) or solve(self, gap))
+    fit = ResidualFit(model, ids.split(8))
+    left = fit.fit((2,), "stage"), fit.fit((2, 4), "other")
+    assert [gap.number for gap in solved] == [1, 3, 3, 5] and left[0][1] == left[1][1]
+    both = [hidden_states(model, ids, (2,), adapter) for adapter in ("stage", "other")]
+    assert not torch.equal(*both)  # "other" has changed block 3 too
+    alone = ResidualFit(model, ids.split(8)).fit((2, 4), "stage")
+    assert alone == pytest.approx(left[1]) and set(alone) == {1, 3, 5}
+
+
+def test_neurons_are_chosen_on_some_tokens_and_counted_on_all(tiny_model, ids, monkeypatch):
+    chosen_on = []
+    best_features = LeastSquares.best_features
+
+    def spy(problem, prior, count):
+        chosen_on.append((problem.rows, len(prior)))
+        return best_features(problem, prior, count)
+
+    monkeypatch.setattr(LeastSquares, "best_features", spy)
+    left = {}
+    for tokens in (8 * 32, 16384):
+        monkeypatch.setattr("hf_pdprune.search.gap_regression._SELECTION_TOKENS", tokens)
+        left[tokens] = ResidualFit(adapted(tiny_model("llama")), ids.split(8)).fit((2,), "stage")[1]
+    width = tiny_model("llama").config.intermediate_size
+    # Before the gap and behind it.
+    assert chosen_on == 2 * [(8, 2 * width), (24, width)] + 2 * [(24, 2 * width)]
+    assert 0 < left[8 * 32] < 1 and 0 < left[16384] < 1
+
+
+def test_the_block_behind_a_gap_mends_what_the_one_before_it_leaves(tiny_llama, ids):
+    model = adapted(tiny_llama)
+    both = ResidualFit(model, ids.split(8)).fit((2,), "stage")
+    assert set(both) == {1, 3} and both[3] < 1
+    dense = hidden_states(model, ids, (), None)
+    error = (hidden_states(model, ids, (2,), "stage") - dense).pow(2).mean()
+    for name, parameter in model.named_parameters():
+        if "layers.3." in name and "lora_B" in name:
+            parameter.data.zero_()
+    assert error < (hidden_states(model, ids, (2,), "stage") - dense).pow(2).mean()
+
+
+def test_blocks_beside_gaps():
+    assert blocks_beside_gaps(6, (2,)) == {1: ((), (2,)), 3: ((2,), ())}
+    assert blocks_beside_gaps(6, (1, 3, 4)) == {0: ((), (1,)), 2: ((1,), (3, 4)), 5: ((3, 4), ())}
+    assert blocks_beside_gaps(6, (0, 1, 3)) == {2: ((), (0, 1, 3)), 4: ((3,), ())}
+    assert blocks_beside_gaps(6, (0,)) == {1: ((), (0,))}
+    assert blocks_beside_gaps(6, (5,)) == {4: ((), (5,))}
+    assert blocks_beside_gaps(6, ()) == {}
+
+
+def test_at_most_twice_as_many_neurons_as_there_is_room_for_are_candidates(tiny_llama, ids, monkeypatch):
+    sizes = []
+    best_features = LeastSquares.best_features
+    monkeypatch.setattr(
+        LeastSquares, "best_features", lambda self, prior, n: sizes.append(len(prior)) or best_features(self, prior, n)
+    )
+    ResidualFit(adapted(tiny_llama), ids.split(8)).fit((2, 3, 4), "stage")
+    assert sizes == [2 * tiny_llama.config.intermediate_size] * 2

@@ -1,5 +1,15 @@
+from .packed_tokens import pack_tokens, tokenize_rows
 from .prompt_completion import PromptCompletionCollator, tokenize_examples
-from .text_source import PYDOC_TOPICS, load_text
+from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS
+from .text_source import load_text
 
 
-__all__ = ["PYDOC_TOPICS", "PromptCompletionCollator", "load_text", "tokenize_examples"]
+__all__ = [
+    "PYDOC_DOCSTRINGS",
+    "PYDOC_TOPICS",
+    "PromptCompletionCollator",
+    "load_text",
+    "pack_tokens",
+    "tokenize_examples",
+    "tokenize_rows",
+]

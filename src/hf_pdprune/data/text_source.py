@@ -1,29 +1,21 @@
 """Text for calibration, distillation and evaluation: one function, whatever the text comes from."""
 
-import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import datasets
 
+from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS, docstring_records, topic_records
 
-logger = logging.getLogger(__name__)
-
-PYDOC_TOPICS = "pydoc-topics"
-
-# Per cent of the topics. A hash of its name decides where a topic goes, so that Python versions agree. The salt was
-# picked by size alone: with it the shares also hold, within 2 %, for the characters in Python 3.10 to 3.13.
-_PYDOC_SHARES = {"calibration": 20, "train": 60, "validation": 20}
-_PYDOC_SALT = "297:"
-_PYDOC_WORDS_PER_ROW = 400
 
 _ACCEPTED = (
     "'text'; 'prompt' and 'completion'; 'question', 'choices' and 'answer' (index of the right choice); "
     "'question' and 'answer' (text); 'messages'; or any column named by text_column"
 )
+_BUILT_IN = {PYDOC_TOPICS: topic_records, PYDOC_DOCSTRINGS: docstring_records}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -48,13 +40,15 @@ def load_text(
 
             - `"pydoc-topics"`: the English prose of Python's own language reference, which needs no network. A topic,
               and a paragraph that several topics share, is in one split only;
+            - `"pydoc-docstrings"`: the prose in the docstrings of Python's own modules, several times as much. A
+              module is in one split only, and no paragraph of a topic is in any;
             - a `.jsonl` or `.json` file (`split` is ignored);
             - a folder with files `<split>.jsonl` or `<name>.<split>.jsonl`;
             - else the id of a data set on the Hub.
 
-            Several of them joined by commas give their first rows in turn, equally many of each.
+            Several of them joined by commas give their rows in turn, as long as they last.
         split (`str`):
-            Part of the data set. `"pydoc-topics"` has `calibration`, `train` and `validation`.
+            Part of the data set. Python's own texts have `calibration`, `train` and `validation`.
         subset (`str`, *optional*):
             Configuration of a Hub data set. In a folder, the `<name>` of the file to read.
         text_column (`str`, *optional*):
@@ -77,8 +71,7 @@ def load_text(
     if not all(sources):
         raise ValueError(f"source {source!r} holds an empty name")
 
-    limit = None if max_rows is None else -(-max_rows // len(sources))
-    rows = _interleave({name: _source_rows(name, split, subset, text_column, limit) for name in sources})
+    rows = _interleave({name: _source_rows(name, split, subset, text_column, max_rows) for name in sources})
     return datasets.Dataset.from_list(rows[:max_rows])
 
 
@@ -86,11 +79,10 @@ def _source_rows(
     source: str, split: str, subset: str | None, text_column: str | None, limit: int | None
 ) -> list[dict]:
     path = Path(source).expanduser()
-    if source == PYDOC_TOPICS:
-        return _to_rows(source, _pydoc_records(split), text_column, limit)
+    if source in _BUILT_IN:
+        return _to_rows(source, _BUILT_IN[source](split), text_column, limit)
     if path.is_dir():
         files = _split_files(path, split, subset)
-        limit = None if limit is None else -(-limit // len(files))
         return _interleave({str(file): _to_rows(str(file), _records(file), text_column, limit) for file in files})
     if path.suffix in (".json", ".jsonl") or not _HUB_ID.fullmatch(source):
         if not path.exists():
@@ -102,16 +94,15 @@ def _source_rows(
 
 
 def _interleave(parts: dict[str, list[dict]]) -> list[dict]:
-    """Takes one row of each part in turn until one part is used up, so that all have equal shares."""
+    """
+    Takes one row of each part in turn, so that the first rows are equally many of each; those of the longer parts that
+    are left come last.
+    """
     columns = {name: list(rows[0]) for name, rows in parts.items()}
     if len({tuple(names) for names in columns.values()}) > 1:
         found = "; ".join(f"{name} gives {', '.join(names)}" for name, names in columns.items())
         raise ValueError(f"sources that are joined must give the same columns: {found}")
-    shortest = min(len(rows) for rows in parts.values())
-    for name, rows in parts.items():
-        if len(rows) > shortest:
-            logger.info("%s: using the first %d of %d rows, for equal shares", name, shortest, len(rows))
-    return [row for group in zip(*parts.values(), strict=False) for row in group]
+    return [row for group in zip_longest(*parts.values()) for row in group if row is not None]
 
 
 def _to_rows(
@@ -232,74 +223,12 @@ def _hub_records(source: str, split: str, subset: str | None) -> Iterator[tuple[
         dataset = datasets.load_dataset(source, subset, split=split)
     except Exception as error:  # what it raises depends on the data set, the network and the file format
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        built_in = " nor ".join(map(repr, _BUILT_IN))
         raise ValueError(
-            f"data set {source!r} is neither {PYDOC_TOPICS!r} nor a local path, and the Hub does not give its split "
-            f"{split!r}" + (f" of subset {subset!r}" if subset is not None else "") + f": {reason}"
+            f"data set {source!r} is neither {built_in} nor a local path, and the Hub does not give its split "
+            + repr(split)
+            + (f" of subset {subset!r}" if subset is not None else "")
+            + f": {reason}"
         ) from error
     for number, record in enumerate(dataset):
         yield f"data set {source!r}, row {number}", record
-
-
-def _pydoc_records(split: str) -> Iterator[tuple[str, object]]:
-    if split not in _PYDOC_SHARES:
-        raise ValueError(f"{PYDOC_TOPICS} has no split {split!r}, only {', '.join(_PYDOC_SHARES)}")
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:
-        raise ValueError(f"{PYDOC_TOPICS}: this Python comes without pydoc_data") from error
-    paragraphs = {name: _prose(text) for name, text in topics.items()}
-    # Topics quote each other at length. A paragraph belongs to the shortest one that has it, or splits would overlap.
-    owner = {}
-    for name in sorted(paragraphs, key=lambda name: (len(topics[name]), name)):
-        for paragraph in paragraphs[name]:
-            owner.setdefault(paragraph, name)
-    for name in sorted(paragraphs):
-        if _pydoc_split(name) != split:
-            continue
-        own = [paragraph for paragraph in dict.fromkeys(paragraphs[name]) if owner[paragraph] == name]
-        for number, text in enumerate(_groups(own), start=1):
-            yield f"{PYDOC_TOPICS}, topic {name}, part {number}", {"text": text}
-
-
-def _pydoc_split(topic: str) -> str:
-    point = int(hashlib.sha256((_PYDOC_SALT + topic).encode()).hexdigest(), 16) % 100
-    for split, share in _PYDOC_SHARES.items():
-        if point < share:
-            return split
-        point -= share
-    raise AssertionError("the shares add up to 100")
-
-
-def _prose(topic: str) -> list[str]:
-    """Returns the paragraphs of a topic, one line each, without grammar, code and tables."""
-    paragraphs = []
-    for block in re.split(r"\n\s*\n", topic):
-        # A line of one repeated sign underlines a heading.
-        lines = [line for line in block.split("\n") if not re.fullmatch(r"\s*([*=~^\-])\1*\s*", line)]
-        text = " ".join(" ".join(lines).split())
-        if not text or "::=" in text or text.startswith((">>>", "...", "|", "+-")):
-            continue
-        # Code is indented, but so are lists, notes and what describes a method.
-        if block.startswith(" ") and not re.match(r"\* |\d+\. ", text) and not _reads_like_prose(text):
-            continue
-        paragraphs.append(text)
-    return paragraphs
-
-
-def _reads_like_prose(text: str) -> bool:
-    parts = text.split()
-    words = [part for part in parts if re.fullmatch(r"[\"'(“*]*[A-Za-z][A-Za-z’'-]*[\"')”*.,:;?!]*", part)]
-    return len(parts) >= 5 and len(words) >= 0.6 * len(parts) and text[-1] in '.:;!?)"”'
-
-
-def _groups(paragraphs: list[str]) -> list[str]:
-    """Joins paragraphs to texts of about equal length, some 200 to 600 words, in their order."""
-    lengths = [len(paragraph.split()) for paragraph in paragraphs]
-    total = sum(lengths)
-    groups = [[] for _ in range(max(1, round(total / _PYDOC_WORDS_PER_ROW)))]
-    before = 0
-    for paragraph, length in zip(paragraphs, lengths, strict=True):
-        # By its middle, a paragraph goes where most of it belongs.
-        groups[int((before + length / 2) / total * len(groups))].append(paragraph)
-        before += length
-    return ["\n\n".join(group) for group in groups if group]

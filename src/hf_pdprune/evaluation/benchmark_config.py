@@ -18,7 +18,7 @@ class BenchmarkConfig:
         answer_tokens (`int`, *optional*, defaults to `128`):
             Length of the answer for which latency and throughput are given, from the medians of first and further
             tokens.
-        repeats (`int`, *optional*, defaults to `5`):
+        repeats (`int`, *optional*, defaults to `12`):
             Prefills that are timed.
         warmup (`int`, *optional*, defaults to `1`):
             Prefills, and four times as many decode steps, that run before and are not counted.
@@ -35,7 +35,7 @@ class BenchmarkConfig:
     answer_tokens: int = field(
         default=128, metadata={"help": "Length of the answer for which latency and throughput are given."}
     )
-    repeats: int = field(default=5, metadata={"help": "Prefills that are timed."})
+    repeats: int = field(default=12, metadata={"help": "Prefills that are timed."})
     warmup: int = field(
         default=1, metadata={"help": "Prefills, and four times as many decode steps, that run before, uncounted."}
     )

@@ -9,10 +9,10 @@ import evaluate
 import numpy as np
 import torch
 
+from ..pair_layout import STAGES
 from .token_statistics import token_statistics
 
 
-STAGES = ("prefill", "decode")
 DENSE_LOGITS = "the dense model's logits, of shape (num_tokens, vocab_size)"
 
 

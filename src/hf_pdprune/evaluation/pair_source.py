@@ -1,14 +1,15 @@
 """PairSource: where a pair of stages comes from, in words that a command line has."""
 
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..hub import load_stages
+from ..hub.adapter_checkpoint import add_adapters_of
+from ..hub.load_stages import StageLocation
 from ..inference import DecodeStage, PrefillStage
+from ..pair_layout import served_stages, stage_folders
 from ..plan import PruningPlan
 
 
@@ -17,16 +18,16 @@ class PairSource:
     """
     Where a pair of stages comes from. One of three ways:
 
-    - `pretrained` alone: the folder of a pair, with `prefill/` and `decode/`;
-    - `prefill` and `decode`: a checkpoint each, folder or repo;
+    - `pretrained` alone: a pair, folder or repo id (see [`load_stages`]);
+    - `prefill` and `decode`: a checkpoint each, folder or repo (twice the same for a unified model);
     - `pretrained` and `plan`: the dense model, seen as both stages of a plan (and `adapters`, where there are any).
 
     Args:
-        pretrained (`str`, *optional*): Folder of a pair, or the dense model (repo id or folder).
+        pretrained (`str`, *optional*): A pair, or the dense model (repo id or folder).
         prefill (`str`, *optional*): Prefill stage checkpoint.
         decode (`str`, *optional*): Decode stage checkpoint.
         plan (`str` or [`PruningPlan`], *optional*): Plan of the dense model; `"empty"` removes nothing.
-        adapters (`str`, *optional*): Folder with the adapters `prefill/` and `decode/` of the dense model.
+        adapters (`str`, *optional*): Folder with the adapters of the dense model (see [`save_adapters`]).
 
     Raises:
         `ValueError`: If that is not one of the three ways.
@@ -56,7 +57,7 @@ class PairSource:
         """Where the tokenizer is."""
         if self.prefill is not None:
             return self.prefill
-        return self.pretrained if self.plan is not None else os.path.join(self.pretrained, "prefill")
+        return self.pretrained if self.plan is not None else str(stage_folders(self.pretrained)["prefill"])
 
     def load(self, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
         """
@@ -77,7 +78,7 @@ class PairSource:
         plans, fingerprints = {}, {}
         for stage, config in configs.items():
             entry = None if getattr(config, "pdprune", None) is None else PruningPlan.entry_of(config)
-            if entry is None or entry["stage"] != stage:
+            if entry is None or stage not in served_stages(entry["stage"]):
                 what = "no stage checkpoint" if entry is None else f"a {entry['stage']} stage"
                 raise ValueError(f"{stage}={getattr(self, stage)} is {what}")
             plans[stage], fingerprints[stage] = PruningPlan.from_config(config), entry["fingerprint"]
@@ -91,31 +92,21 @@ class PairSource:
                 f"prefill={self.prefill} and decode={self.decode} are not of one pair: they were exported from "
                 "different models or adapters"
             )
-        models = [_model(getattr(self, stage), **model_kwargs) for stage in configs]
-        return PrefillStage(models[0], plans["prefill"]), DecodeStage(models[1], plans["prefill"])
+        models = {name: _model(name, **model_kwargs) for name in dict.fromkeys((self.prefill, self.decode))}
+        plan = plans["prefill"]
+        return PrefillStage(models[self.prefill], plan), DecodeStage(models[self.decode], plan)
 
     def _load_dense(self, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
-        model = _model(self.pretrained, **model_kwargs)
+        model, names = _model(self.pretrained, **model_kwargs), {}
         plan = self.plan
         if plan == "empty":
             plan = PruningPlan.empty(model)
         elif not isinstance(plan, PruningPlan):
             plan = PruningPlan.from_pretrained(plan)
-        names: dict[str, str | None] = {"prefill": None, "decode": None}
         if self.adapters is not None:
-            from peft import PeftModel
-
-            for stage in names:
-                folder = Path(self.adapters) / stage
-                if not (folder / "adapter_config.json").is_file():
-                    raise FileNotFoundError(f"{folder} holds no adapter: there is no adapter_config.json")
-                names[stage] = stage
-                if isinstance(model, PeftModel):
-                    model.load_adapter(str(folder), stage)
-                else:
-                    model = PeftModel.from_pretrained(model, str(folder), adapter_name=stage)
+            model, names = add_adapters_of(model, self.adapters)
             model = model.get_base_model()
-        return PrefillStage(model, plan, names["prefill"]), DecodeStage(model, plan, names["decode"])
+        return PrefillStage(model, plan, names.get("prefill")), DecodeStage(model, plan, names.get("decode"))
 
 
 def _config(name: str) -> PreTrainedConfig:
@@ -127,4 +118,6 @@ def _config(name: str) -> PreTrainedConfig:
 
 def _model(name: str, **model_kwargs: Any) -> AutoModelForCausalLM:
     _config(name)  # its error is shorter than the weights' one
-    return AutoModelForCausalLM.from_pretrained(name, **model_kwargs).eval()
+    StageLocation(name).check_index()
+    model_kwargs = {"trust_remote_code": False, **model_kwargs}
+    return AutoModelForCausalLM.from_pretrained(name, use_safetensors=True, **model_kwargs).eval()

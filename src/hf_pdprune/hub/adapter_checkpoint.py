@@ -8,7 +8,8 @@ from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 
 from ..artefact_file import read_json
-from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
+from ..pair_layout import CHECKPOINTS, DISAGGREGATED, by_stage
+from ..plan import PruningPlan
 from .folder_swap import FolderSwap, naming_folder
 
 
@@ -26,20 +27,26 @@ def save_adapters(
         model (`PeftModel`): The dense model with its adapters.
         plan ([`PruningPlan`]): The plan.
         output_dir (`str`): The folder.
-        adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each stage. Default: the stage's own name.
+        adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each stage; `{"unified": ...}` for one that
+            both apply. Default: the stage's own name.
 
     Raises:
-        `ValueError`: If the model has no such adapter.
+        `ValueError`: If the model has no such adapter, or a folder of its name holds something else.
         `OSError`: If it cannot be written; what was there before is still there.
     """
-    adapters = dict(adapters or {stage: stage for stage in STAGES})
+    adapters = dict(adapters or {stage: stage for stage in DISAGGREGATED})
     there = getattr(model, "peft_config", {})
     for stage, adapter in adapters.items():
         plan.stage(stage)
         if adapter not in there:
             raise ValueError(f"the model has no adapter {adapter!r}")
+    by_stage(adapters)  # raises if two are for one stage
     folder = Path(output_dir)
-    with FolderSwap(*(folder / stage for stage in adapters)) as swap:
+    others = [folder / name for name in CHECKPOINTS if name not in adapters and (folder / name / _CONFIG).is_file()]
+    with FolderSwap(*(folder / stage for stage in adapters), removed=others) as swap:
+        for path in swap.folders:
+            if path.exists() and any(path.iterdir()) and not (path / _CONFIG).is_file():
+                raise ValueError(f"{path} holds files but no {_CONFIG}: it is not an adapter to replace")
         for stage, adapter in adapters.items():
             with swap.writing(folder / stage) as new:
                 model.save_pretrained(new, selected_adapters=[adapter], safe_serialization=True)
@@ -68,19 +75,27 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> tuple[nn.Modul
         `FileNotFoundError`: If the folder holds no plan or no adapters.
         `ValueError`: If the plan is of another model, or a file is not what it must be.
     """
-    folder = Path(folder)
     plan = PruningPlan.from_pretrained(folder)
     plan.blocks_of(model.config)  # raises if the plan is of another model
-    names = {stage: stage for stage in STAGES if (folder / stage / _CONFIG).is_file()}
+    model, names = add_adapters_of(model, folder)
+    return model, plan, names
+
+
+def add_adapters_of(model: nn.Module, folder: str | os.PathLike) -> tuple[nn.Module, dict[str, str]]:
+    """What [`load_adapters`] does, without a plan: the model with the adapters, and the name of each stage's."""
+    folder = Path(folder)
+    names = [name for name in CHECKPOINTS if (folder / name / _CONFIG).is_file()]
     if not names:
-        raise FileNotFoundError(f"{folder} has a {PLAN_FILE_NAME} but no prefill/{_CONFIG} or decode/{_CONFIG}")
-    configs = {stage: _checked_config(folder / stage) for stage in names}
-    for number, (stage, config) in enumerate(configs.items()):
+        wanted = " or ".join(f"{name}/{_CONFIG}" for name in CHECKPOINTS)
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {wanted}")
+    serving = by_stage(names)
+    configs = {name: _checked_config(folder / name) for name in names}
+    for number, (name, config) in enumerate(configs.items()):
         if number == 0:
-            model = PeftModel.from_pretrained(model, folder / stage, adapter_name=stage, config=config)
+            model = PeftModel.from_pretrained(model, folder / name, adapter_name=name, config=config)
         else:
-            model.load_adapter(folder / stage, adapter_name=stage)
-    return model.eval(), plan, names
+            model.load_adapter(folder / name, adapter_name=name)
+    return model.eval(), serving
 
 
 def _checked_config(folder: Path) -> PeftConfig:
@@ -91,7 +106,11 @@ def _checked_config(folder: Path) -> PeftConfig:
     kind = data.get("peft_type") if isinstance(data, dict) else None
     if kind != "LORA":
         raise ValueError(f"{folder / _CONFIG}: peft_type must be LORA, got {kind!r}")
-    for key in ("modules_to_save", "trainable_token_indices", "auto_mapping"):
+    for key in ("modules_to_save", "trainable_token_indices"):
         if data.get(key):
             raise ValueError(f"{folder / _CONFIG}: {key} is not supported")
+    mapping = data.get("auto_mapping")  # peft may import the module that it names
+    library = mapping.get("parent_library") if isinstance(mapping, dict) else mapping
+    if mapping and not str(library).startswith("transformers."):
+        raise ValueError(f"{folder / _CONFIG}: auto_mapping is not supported but for classes of transformers")
     return LoraConfig.from_pretrained(folder)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ class FolderSwap:
 
     Args:
         folders (`Path`): The folders to replace; they need not exist.
+        removed (`Sequence[Path]`, *optional*): Folders that are removed when the others are replaced, before them.
 
     Example:
 
@@ -28,8 +29,9 @@ class FolderSwap:
     ```
     """
 
-    def __init__(self, *folders: Path):
+    def __init__(self, *folders: Path, removed: Sequence[Path] = ()):
         self.folders = folders
+        self.removed = tuple(removed)
 
     def __enter__(self) -> "FolderSwap":
         self._clean()
@@ -57,6 +59,9 @@ class FolderSwap:
 
     def _replace(self) -> None:
         try:
+            for folder in self.removed:
+                if folder.exists():
+                    os.replace(folder, _aside(folder, "old"))
             for folder in self.folders:
                 if folder.exists():
                     os.replace(folder, _aside(folder, "old"))
@@ -68,15 +73,25 @@ class FolderSwap:
                     os.replace(folder, new)
                 if old.exists():
                     os.replace(old, folder)
+            for folder in self.removed:
+                if _aside(folder, "old").exists():
+                    os.replace(_aside(folder, "old"), folder)
             raise
 
     def _clean(self) -> None:
         for folder in self.folders:
-            new, old = _aside(folder, "new"), _aside(folder, "old")
-            if old.exists() and not folder.exists():  # a kill between two renamings: the old one is all that there is
-                os.replace(old, folder)
-            for leftover in (new, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._put_right(folder, is_wanted=True)
+        is_replaced = all(folder.exists() for folder in self.folders)
+        for folder in self.removed:
+            self._put_right(folder, is_wanted=not is_replaced)
+
+    @staticmethod
+    def _put_right(folder: Path, is_wanted: bool) -> None:
+        new, old = _aside(folder, "new"), _aside(folder, "old")
+        if is_wanted and old.exists() and not folder.exists():
+            os.replace(old, folder)  # a kill between two renamings: the old one is all that there is
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextmanager

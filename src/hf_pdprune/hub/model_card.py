@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
 from ..artefact_file import write_artefact
-from ..plan import STAGES, PruningPlan
+from ..pair_layout import LAYOUTS, STAGES, by_stage, checkpoint_folders
+from ..plan import PruningPlan
 from ..version import __version__
 
 
@@ -21,6 +22,7 @@ TAGS = ("hf_pdprune", "pruned", "prefill-decode-disaggregation", "arxiv:2509.044
 _ROLES = {
     "prefill": "It reads the prompt, generates the first token, and hands its KV cache over to the decode stage.",
     "decode": "It takes over the KV cache that the prefill stage computed, and generates all tokens but the first.",
+    "unified": "It is both stages in one: it reads the prompt and generates, here or on another machine.",
 }
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _DEFAULT_PROMPT_TOKENS = 1024
@@ -40,15 +42,19 @@ def model_card(
 
     Args:
         plan ([`PruningPlan`]): The plan.
-        stage (`str` or `None`): `"prefill"` or `"decode"`; `None` for the card of a repo that holds both.
+        stage (`str` or `None`): `"prefill"`, `"decode"` or `"unified"`; `None` for the card of a repo that holds all
+            checkpoints of a pair.
         name (`str`): Title of the card.
         results (`Mapping`, *optional*): What `results.json` holds; a part that is missing is left out.
-        where (`Mapping[str, tuple[str, str]]`, *optional*): Repo and subfolder of each stage, for the usage code.
+        where (`Mapping[str, tuple[str, str]]`, *optional*): Repo and subfolder of each checkpoint, for the usage code.
         licence (`str`, *optional*): Licence of the dense model, by its name on the Hub.
         picture (`bool`, defaults to `False`): Whether `pruning_plan.png` lies beside the card.
     """
     is_repo = is_repo_id(plan.base_model)
     results = results or {}
+    if where is None:
+        layout = next(layout for layout in LAYOUTS if stage in (None, *layout))
+        where = {checkpoint: (f"path/to/folder/{checkpoint}", "") for checkpoint in layout}
     prompt_tokens = results.get("kv", {}).get("prompt_tokens", _DEFAULT_PROMPT_TOKENS)
     card_data = ModelCardData(
         # A local path would say nothing to others, and too much about the machine.
@@ -56,7 +62,7 @@ def model_card(
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(STAGES if stage is None else (stage,))],
+        tags=[*TAGS, *(where if stage is None else (stage,))],
         model_name=name,
         eval_results=_eval_results(results) or None,
     )
@@ -66,8 +72,7 @@ def model_card(
         parts[f"{part}_removed"] = _numbers(plan.stage(part).removed_blocks)
         parts[f"{part}_merged"] = _numbers(plan.stage(part).merged_blocks)
         parts[f"{part}_kept"] = len(plan.kept_blocks(part))
-    if where is None:
-        where = {part: (f"path/to/folder/{part}", "") for part in STAGES}
+    arguments = {checkpoint: ", ".join(_arguments(*place)) for checkpoint, place in where.items()}
     card = ModelCard.from_template(
         card_data,
         template_path=str(TEMPLATE),
@@ -89,9 +94,9 @@ def model_card(
         training=_training(plan, results),
         results_table=_results_table(results),
         pair=_pair_source(where),
-        alone=[(part, *where[part]) for part in STAGES if stage in (None, part)],
-        tokenizer=", ".join(_arguments(*where["prefill"])),
-        arguments={part: ", ".join(_arguments(*where[part])) for part in STAGES},
+        alone=[checkpoint for checkpoint in where if stage in (None, checkpoint)],
+        tokenizer=arguments[by_stage(where)["prefill"]],
+        arguments=arguments,
         **parts,
     )
     return str(card).rstrip() + "\n"
@@ -106,9 +111,9 @@ def write_model_cards(output_dir: str | os.PathLike, results: Mapping[str, Any])
         results (`Mapping`): What `results.json` holds.
     """
     plan = PruningPlan.from_pretrained(output_dir)
-    for stage in STAGES:
-        path = Path(output_dir) / stage / "README.md"
-        write_artefact(path, model_card(plan, stage, stage, results, licence=licence_in(path)))
+    for name, folder in checkpoint_folders(output_dir).items():
+        path = folder / "README.md"
+        write_artefact(path, model_card(plan, name, name, results, licence=licence_in(path)))
 
 
 def licence_in(path: str | os.PathLike) -> str | None:
@@ -129,8 +134,8 @@ def is_repo_id(name: str) -> bool:
 
 def _pair_source(where: Mapping[str, tuple[str, str]]) -> str:
     """What [`load_stages`] takes for the pair."""
-    path, subfolder = where["prefill"]
-    return path if subfolder else path[: -len("-prefill")]  # "-prefill" or "/prefill"
+    checkpoint, (path, subfolder) = next(iter(where.items()))
+    return path if subfolder else path[: -len(f"-{checkpoint}")]  # or "/prefill"
 
 
 def _arguments(path: str, subfolder: str) -> list[str]:

@@ -9,7 +9,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineMo
 from huggingface_hub.utils import validate_repo_id
 
 from ..artefact_file import read_json
-from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
+from ..plan import PLAN_FILE_NAME, PruningPlan
 from ..version import __version__
 from .load_stages import check_pair, stage_locations
 from .model_card import PICTURE_FILE_NAME, RESULTS_FILE_NAME, is_repo_id, licence_in, model_card
@@ -40,8 +40,9 @@ def push_stages_to_hub(
     token: str | None = None,
 ) -> dict[str, RepoUrl]:
     """
-    Puts both stages on the Hub: one repo for each (`<repo_id>-prefill`, `<repo_id>-decode`), so that every tool that
-    takes a repo id can load them, or one repo with a folder for each. [`load_stages`] takes `repo_id` for both.
+    Puts both stages on the Hub: one repo for each (`<repo_id>-prefill`, `<repo_id>-decode`; `<repo_id>-unified` for a
+    unified model), so that every tool that takes a repo id can load them, or one repo with a folder for each.
+    [`load_stages`] takes `repo_id` for both.
 
     An upload that was interrupted goes on where it stopped when the same call is made again: what the Hub has is not
     sent twice. Weight files of an earlier push that the stage no longer has are deleted.
@@ -50,7 +51,8 @@ def push_stages_to_hub(
         folder (`str`): What [`export_stages`] wrote. Results (`results.json`) and a plot of the plan
             (`pruning_plan.png`) beside the stages go into the model cards.
         repo_id (`str`): `name` or `namespace/name`.
-        subfolders (`bool`, defaults to `False`): One repo with the folders `prefill` and `decode`.
+        subfolders (`bool`, defaults to `False`): One repo with the folders `prefill` and `decode` (or
+            `unified`).
         private (`bool`, *optional*): Whether repos (and the collection) are made private. Default: as the Hub does.
         revision (`str`, *optional*): Branch to push to; it is made if need be.
         commit_message (`str`, *optional*): Message of the commits.
@@ -59,7 +61,7 @@ def push_stages_to_hub(
         token (`str`, *optional*): Access token. Default: that of `hf auth login`.
 
     Returns:
-        `dict[str, RepoUrl]`: The repo of each stage.
+        `dict[str, RepoUrl]`: The repo of each checkpoint.
 
     Raises:
         `FileNotFoundError`: If the folder holds no pair.
@@ -71,24 +73,24 @@ def push_stages_to_hub(
     folder = Path(folder)
     plan, locations = stage_locations(folder)
     check_pair(plan, locations)
-    names = {stage: repo_id if subfolders else f"{repo_id}-{stage}" for stage in STAGES}
+    names = {stage: repo_id if subfolders else f"{repo_id}-{stage}" for stage in locations}
     for name in names.values():
         validate_repo_id(name)
     api = HfApi(token=token, library_name="hf_pdprune", library_version=__version__)
     message = commit_message or f"Upload the stages with hf_pdprune {__version__}"
     results = read_json(folder / RESULTS_FILE_NAME) if (folder / RESULTS_FILE_NAME).is_file() else None
-    licence = base_licence(plan, folder / STAGES[0], token)
+    licence = base_licence(plan, Path(next(iter(locations.values())).path), token)
     urls: dict[str, RepoUrl] = {}
     for stage, name in names.items():  # all repos before any upload: what is forbidden is found at once
         urls[stage] = api.create_repo(name, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(urls[stage].repo_id, branch=revision, exist_ok=True)
-    where = {stage: (urls[stage].repo_id, stage if subfolders else "") for stage in STAGES}
+    where = {stage: (url.repo_id, stage if subfolders else "") for stage, url in urls.items()}
     for stage, (repo, subfolder) in where.items():
         logger.info("uploading the %s stage to %s", stage, repo)
         api.upload_folder(
             repo_id=repo,
-            folder_path=folder / stage,
+            folder_path=locations[stage].path,
             path_in_repo=subfolder or None,
             allow_patterns=list(PUBLISHED_FILES),
             delete_patterns=["*.safetensors", "*.safetensors.index.json"],
@@ -101,7 +103,7 @@ def push_stages_to_hub(
             path = "/".join(filter(None, (subfolder, PICTURE_FILE_NAME)))
             _upload(api, repo, path, folder / PICTURE_FILE_NAME, message, revision)
     if subfolders:
-        repo = urls[STAGES[0]].repo_id
+        (repo,) = {url.repo_id for url in urls.values()}
         card = model_card(plan, None, repo.split("/")[-1], results, where, licence, _picture(folder))
         _upload(api, repo, "README.md", card.encode(), message, revision)
         if _picture(folder):
@@ -135,7 +137,7 @@ def _upload(api: HfApi, repo: str, path: str, content: bytes | Path, message: st
 
 
 def _collect(api: HfApi, urls: dict[str, RepoUrl], title: str, private: bool | None) -> None:
-    namespace = urls[STAGES[0]].repo_id.split("/")[0]
+    namespace = next(iter(urls.values())).repo_id.split("/")[0]
     made = api.create_collection(
         title[:59],
         namespace=namespace,

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..adapters import MergedWeights, adapter_parameters
 from ..blocks import blocks_path, empty_shorter, shortened_names, shortened_tensor
 from ..fingerprint import combined_fingerprint, model_fingerprint
-from ..plan import PLAN_FILE_NAME, STAGES, PruningPlan
+from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS, by_stage, served_stages
+from ..plan import PLAN_FILE_NAME, PruningPlan
 from .folder_swap import FolderSwap, naming_folder
 from .model_card import licence_in, model_card
 from .shard_writer import DEFAULT_SHARD_SIZE, write_shards
@@ -26,7 +27,7 @@ class StageBuilder:
     Args:
         model (`nn.Module`): The dense model, wrapped by peft or not.
         plan ([`PruningPlan`]): The plan.
-        stage (`str`): `"prefill"` or `"decode"`.
+        stage (`str`): `"prefill"`, `"decode"`, or `"unified"` for both in one.
         adapter (`str`, *optional*): Adapter to merge.
         fingerprint (`str`, *optional*): What both stages of a pair share. Default: that of model and adapter.
 
@@ -49,7 +50,9 @@ class StageBuilder:
             )
         plan.blocks_of(base.config)
         if fingerprint is None:
-            fingerprint = pair_fingerprint(model, [] if adapter is None else [adapter])
+            fingerprint = pair_fingerprint(
+                model, {} if adapter is None else dict.fromkeys(served_stages(stage), adapter)
+            )
         self.merged = MergedWeights(model, adapter)
         _check_tied_weights(base, self.merged)
         # Without weights: they are handed over one by one.
@@ -95,17 +98,21 @@ def _check_tied_weights(model: PreTrainedModel, merged: MergedWeights) -> None:
             raise ValueError(f"an adapter changes one of the tied weights {' and '.join(names)}; untie them first")
 
 
-def pair_fingerprint(model: nn.Module, adapters: list[str]) -> str:
+def pair_fingerprint(model: nn.Module, adapters: Mapping[str, str]) -> str:
     """
     The fingerprint that both stages of a pair carry: of a sample of every weight of the dense model, and of what its
-    adapters have learned.
+    adapters have learned, whatever they are called.
+
+    Args:
+        model (`nn.Module`): The dense model, wrapped by peft or not.
+        adapters (`Mapping[str, str]`): Name of the adapter of each stage that has one.
     """
     sampled = dict(MergedWeights(model, None))
-    for adapter in adapters:
+    for stage, adapter in adapters.items():
         parameters = adapter_parameters(model, adapter)
         if not parameters:
             raise ValueError(f"the model has no adapter {adapter!r}")
-        sampled |= parameters
+        sampled |= {f"{name}.".replace(f".{adapter}.", f".{stage}."): p for name, p in parameters.items()}
     return combined_fingerprint(model_fingerprint(model), sampled)
 
 
@@ -127,7 +134,7 @@ def export_stage(
     Args:
         model (`nn.Module`): The dense model, wrapped by peft or not.
         plan ([`PruningPlan`]): The plan.
-        stage (`str`): `"prefill"` or `"decode"`.
+        stage (`str`): `"prefill"`, `"decode"`, or `"unified"` for both in one.
         output_dir (`str`): Folder of the checkpoint. What it holds is replaced.
         adapter (`str`, *optional*): Adapter to merge.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
@@ -156,6 +163,7 @@ def export_stages(
     tokenizer: PreTrainedTokenizerBase | None = None,
     overwrite: bool = False,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    layout: tuple[str, ...] = DISAGGREGATED,
 ) -> Path:
     """
     Writes `<output_dir>/prefill`, `<output_dir>/decode` and `<output_dir>/pruning_plan.json`. Both stages are written
@@ -165,29 +173,56 @@ def export_stages(
         model (`nn.Module`): The dense model, wrapped by peft or not.
         plan ([`PruningPlan`]): The plan.
         output_dir (`str`): Folder of the pair.
-        adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each stage.
+        adapters (`Mapping[str, str]`, *optional*): Name of the adapter of each checkpoint of the layout.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
         overwrite (`bool`, defaults to `False`): Whether a pair of another plan may be replaced.
         max_shard_size (`int` or `str`, defaults to `"2GB"`): Size of a weight file. Beside the dense model, one shard
             and its serialised copy are in memory.
+        layout (`tuple[str, ...]`, defaults to `("prefill", "decode")`): The checkpoints; `("unified",)` writes one
+            that serves both stages, for a plan in which they miss the same blocks.
 
     Raises:
         `ValueError`: If the folder holds another plan, or where a stage belongs there is what is no stage checkpoint.
         `OSError`: If a stage cannot be written; what was there before is still there.
     """
-    output_dir = Path(output_dir)
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(map(str, LAYOUTS))}, got {layout!r}")
     adapters = dict(adapters or {})
-    unknown = [stage for stage in adapters if stage not in STAGES]
+    unknown = [checkpoint for checkpoint in adapters if checkpoint not in layout]
     if unknown:
-        raise ValueError(f"adapters: unknown stage {unknown[0]!r}; a plan has the stages prefill and decode")
-    folders = {stage: output_dir / stage for stage in STAGES}
-    with FolderSwap(*folders.values()) as swap:
-        for folder in (output_dir, *folders.values()):
-            _check_replaceable(folder, plan, overwrite, is_pair=folder == output_dir)
-        fingerprint = pair_fingerprint(model, [adapters[stage] for stage in STAGES if stage in adapters])
-        for stage, folder in folders.items():
-            builder = StageBuilder(model, plan, stage, adapters.get(stage), fingerprint)
-            _write_stage(swap, folder, builder, plan, tokenizer, max_shard_size)
+        raise ValueError(f"adapters: unknown stage {unknown[0]!r}; this pair has {' and '.join(layout)}")
+    fingerprint = pair_fingerprint(
+        model, {stage: adapters[name] for stage, name in by_stage(layout).items() if name in adapters}
+    )
+    builders = {name: StageBuilder(model, plan, name, adapters.get(name), fingerprint) for name in layout}
+    return export_pair(builders, plan, output_dir, tokenizer, overwrite, max_shard_size)
+
+
+def export_pair(
+    builders: Mapping[str, StageBuilder],
+    plan: PruningPlan,
+    output_dir: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Path:
+    """
+    What [`export_stages`] does, from models that need not be one.
+
+    Args:
+        builders (`Mapping[str, StageBuilder]`): By the name of the checkpoint.
+        plan, output_dir, tokenizer, overwrite, max_shard_size: As for [`export_stages`].
+    """
+    output_dir = Path(output_dir)
+    # A pair of the other layout would be another pair in the same folder.
+    others = [output_dir / name for name in CHECKPOINTS if name not in builders]
+    folders = {name: output_dir / name for name in builders}
+    with FolderSwap(*folders.values(), removed=others) as swap:
+        _check_replaceable(output_dir, plan, overwrite, is_pair=True)
+        for folder in (*folders.values(), *others):
+            _check_replaceable(folder, plan, overwrite)
+        for name, builder in builders.items():
+            _write_stage(swap, folders[name], builder, plan, tokenizer, max_shard_size)
         with naming_folder(output_dir):
             plan.save_pretrained(output_dir)
     return output_dir

@@ -7,16 +7,18 @@ import time
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..kv import KVPayload
+from ..pair_layout import stage_folders
 from ..plan import PruningPlan
+from ..weight_files import check_weight_index
 from .decode_stage import DecodeStage
 from .prefill_stage import PrefillStage
 
@@ -89,7 +91,7 @@ def handover_between_processes(
     A script that calls it needs the usual `if __name__ == "__main__":`, since both processes import it.
 
     Args:
-        stages_folder (`str`): Folder with `prefill/` and `decode/`, tokenizer included (see [`export_stages`]).
+        stages_folder (`str`): Folder of a pair, tokenizer included (see [`export_stages`]).
         prompts (`Sequence[str]`): Prompts of one batch.
         max_new_tokens (`int`): Tokens to generate, the first one, which prefill generates, included.
         num_threads (`int`, *optional*): CPU threads per process. Default: half of this process's.
@@ -102,19 +104,19 @@ def handover_between_processes(
 
     Raises:
         `FileNotFoundError`: If a stage is not there.
-        `ValueError`: If there is no prompt.
+        `ValueError`: If there is no prompt, or the index of the weight files leads out of a stage's folder.
         `RuntimeError`: If one of the processes fails; it names the stage and its error.
     """
-    folder = Path(stages_folder)
-    for stage in ("prefill", "decode"):
-        if not (folder / stage / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} has no {stage} stage: there is no {stage}/config.json")
+    folders = stage_folders(stages_folder)
+    for folder in folders.values():
+        if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+            check_weight_index(folder / SAFE_WEIGHTS_INDEX_NAME, str(folder))
     if isinstance(prompts, str) or not prompts:
         raise ValueError("prompts must be a list of at least one text")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     job = {
-        "folder": str(folder),
+        "folders": {stage: str(folder) for stage, folder in folders.items()},
         "prompts": list(prompts),
         "generate_kwargs": {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens},
         "num_threads": num_threads or max(1, torch.get_num_threads() // 2),
@@ -138,8 +140,8 @@ def _run_stage(rank: int, port: int, job: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
     stage_class = (PrefillStage, DecodeStage)[rank]
     try:
-        folder = Path(job["folder"]) / stage_class.name
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        folder = job["folders"][stage_class.name]
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
         stage, tokenizer = stage_class(model, PruningPlan.from_pretrained(folder)), load_tokenizer(folder)
         dist.barrier()  # so that the transfer is not charged with the time that loading takes
         if rank == PREFILL_RANK:

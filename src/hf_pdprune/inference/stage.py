@@ -10,6 +10,7 @@ from torch import nn
 from ..adapters import active_adapter
 from ..blocks import bypass_blocks
 from ..fingerprint import model_fingerprint
+from ..pair_layout import served_stages
 from ..plan import PruningPlan
 
 
@@ -17,7 +18,7 @@ class Stage:
     """
     A model seen as one stage of a plan. The dense model becomes the stage while [`Stage.active`] lasts: its missing
     blocks are bypassed and the stage's adapter is applied. So both stages, and the dense teacher, share one copy of
-    the weights. A stage checkpoint is the stage already.
+    the weights. A stage checkpoint is the stage already, a unified one either stage.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model (with adapters or not), or a checkpoint of this
@@ -44,7 +45,7 @@ class Stage:
     ):
         blocks = plan.blocks_of(model.config)
         entry = getattr(model.config, "pdprune", None)
-        if entry is not None and entry["stage"] != self.name:
+        if entry is not None and self.name not in served_stages(entry["stage"]):
             raise ValueError(f"the model is a {entry['stage']} stage, not a {self.name} stage")
         self.model = model
         self.plan = plan

@@ -146,7 +146,7 @@ class IncrementalForward:
         merged = self.merged_pairs.active(self.model, plan.prefill.merged_blocks)
         adapted = active_adapter(self.model, self.adapters.get("prefill"))
         may_drop = [block for block in running if plan.kv.observed_tokens and not cache.layers[block].is_sliding]
-        with bypass_blocks(self.model, plan.prefill.missing_blocks), merged, adapted:
+        with merged, bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
             with observing(self.model, may_drop, cache, tensors["prompt_mask"], plan.kv.observed_tokens) as attention:
                 output = forward(
                     input_ids=tensors["prompt_ids"],

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 
 
+# In so many strips A'A is computed: more would save more of its second half, but are narrower than products like.
+_GRAM_PARTS = 6
+
+
 @dataclass
 class Sums:
     """
@@ -24,10 +28,16 @@ class Sums:
     @classmethod
     def of(cls, features: torch.Tensor, targets: torch.Tensor) -> "Sums":
         """Of features `(num_tokens, in_features)` and targets `(num_tokens, out_features)`."""
-        return cls(features.T @ features, features.T @ targets, float(targets.double().pow(2).sum()))
+        return cls(_gram(features), features.T @ targets, float(targets.double().pow(2).sum()))
 
     def __add__(self, other: "Sums") -> "Sums":
         return Sums(self.gram + other.gram, self.cross + other.cross, self.squares + other.squares)
+
+    def after(self, weight: torch.Tensor) -> "Sums":
+        """Of the same features, and of what A @ weight leaves of the targets."""
+        through = self.gram @ weight
+        explained = float((weight * (2 * self.cross - through)).sum(dtype=torch.float64))
+        return Sums(self.gram, self.cross - through, max(0.0, self.squares - explained))
 
     def left_by(self, weight: torch.Tensor) -> float:
         """The part of the squares of R that R - A @ weight has left."""
@@ -35,6 +45,19 @@ class Sums:
             return 0.0
         explained = 2 * (self.cross * weight).sum() - (weight * (self.gram @ weight)).sum()
         return 1 - float(explained) / self.squares
+
+
+def _gram(features: torch.Tensor) -> torch.Tensor:
+    """A'A, of which only one of the two halves that mirror each other is computed."""
+    parts = features.tensor_split(max(1, min(_GRAM_PARTS, features.shape[1] // _GRAM_PARTS)), dim=1)
+    gram = features.new_empty(features.shape[1], features.shape[1])
+    begin = 0
+    for part in parts:
+        end = begin + part.shape[1]
+        gram[begin:, begin:end] = features[:, begin:].T @ part
+        gram[begin:end, end:] = gram[end:, begin:end].T
+        begin = end
+    return gram
 
 
 def ridge_regression(sums: Sums, ridge: float) -> torch.Tensor:
@@ -50,7 +73,7 @@ def ridge_regression(sums: Sums, ridge: float) -> torch.Tensor:
     """
     regularised = sums.gram.clone()
     regularised.diagonal().add_(ridge * float(sums.gram.diagonal().mean()))
-    return torch.linalg.solve(regularised, sums.cross)
+    return torch.cholesky_solve(sums.cross, torch.linalg.cholesky(regularised))
 
 
 def best_ridge(fitted: Sums, held_out: Sums, ridges: Sequence[float]) -> tuple[float, float]:

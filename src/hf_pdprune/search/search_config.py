@@ -47,7 +47,10 @@ class SearchConfig:
             Whether a block may also be merged with the one before it into one distilled block, which then learns what
             both do. The pairs are distilled once, before the search; distillation of the stages starts from them.
         merge_rank (`int`, *optional*, defaults to `64`):
-            Rank of what a merged block learns. The adapters of the stages need at least this rank.
+            Rank of what a merged block learns where its MLP cannot take over neurons of the other one. The adapters of
+            the stages need at least this rank there.
+        merge_tokens (`int`, *optional*, defaults to `32768`):
+            Tokens of training text that pairs are distilled on.
 
         > How they are chosen
 
@@ -128,7 +131,10 @@ class SearchConfig:
         default=False,
         metadata={"help": "Whether a block may also be merged with the one before it into one distilled block."},
     )
-    merge_rank: int = field(default=64, metadata={"help": "Rank of what a merged block learns."})
+    merge_rank: int = field(
+        default=64, metadata={"help": "Rank of what a merged block learns where neurons cannot move."}
+    )
+    merge_tokens: int = field(default=32768, metadata={"help": "Tokens of training text that pairs are distilled on."})
     strategy: str = field(
         default="annealing", metadata={"help": "How blocks are chosen.", "choices": list(STRATEGIES)}
     )
@@ -203,7 +209,7 @@ class SearchConfig:
             _check_count(name, getattr(self, name))
         for name in ("first_tokens", "last_tokens", "kv_prompt_tokens"):
             _check_count(name, getattr(self, name), 0 if name == "first_tokens" else 1)
-        for name in ("merge_rank", "num_restarts"):
+        for name in ("merge_rank", "merge_tokens", "num_restarts"):
             _check_count(name, getattr(self, name), 1)
         for target, count in (
             ("target_ttft_speedup", "num_prefill_blocks"),

@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from ..blocks import num_blocks
+from ..data import pack_tokens
 from ..plan import PruningPlan
 from .baselines import contiguous_group, end_group, one_shot, random_blocks
 from .block_statistics import BlockStatistics
@@ -41,6 +43,7 @@ def search_plan(
     config: SearchConfig,
     output_dir: str | os.PathLike | None = None,
     kv_calibration: Calibration | None = None,
+    merge_text: Iterable[list[int]] | None = None,
 ) -> PruningPlan:
     """
     Finds what each stage can lose: blocks for prefill, blocks for decode as a superset, both jointly, and then the
@@ -55,6 +58,8 @@ def search_plan(
             interrupted goes on from there.
         kv_calibration ([`Calibration`], *optional*): What token-aware blocks are measured on, a few long prompts.
             Default: `calibration`.
+        merge_text (`Iterable[list[int]]`, *optional*): Rows of tokens that pairs are distilled on, needed with
+            `merge_pairs`; not those of the calibration.
 
     Returns:
         [`PruningPlan`]: With `provenance` filled in.
@@ -84,7 +89,7 @@ def search_plan(
     begun = time.perf_counter()
     # What cannot be met is found before anything is spent: which blocks are removed changes nothing about it.
     needs_window = bool(config.num_token_aware_blocks) or config.target_kv_reduction is not None
-    merged_pairs = _merged_pairs(model, calibration, statistics, config, removable, output_dir)
+    merged_pairs = _merged_pairs(model, merge_text, statistics, config, output_dir)
     objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
     if needs_window:
         selection = TokenAwareBlocks(objective, config)
@@ -165,10 +170,9 @@ def _choose_blocks(
 
 def _merged_pairs(
     model: nn.Module,
-    calibration: Calibration,
+    merge_text: Iterable[list[int]] | None,
     statistics: BlockStatistics,
     config: SearchConfig,
-    removable: tuple[int, ...],
     output_dir: str | os.PathLike | None,
 ) -> MergedPairs:
     """The pairs that may be merged, distilled now or by the search that is resumed."""
@@ -177,7 +181,10 @@ def _merged_pairs(
     if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
         return MergedPairs.from_pretrained(output_dir, model)
     absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
-    pairs = MergedPairs.distil(model, list(calibration.batches), absorbed, config.merge_rank)
+    if merge_text is None:
+        raise ValueError("merge_pairs needs merge_text, which pairs are distilled on")
+    input_ids = pack_tokens(merge_text, config.merge_tokens, device=model.device)
+    pairs = MergedPairs.distil(model, input_ids, absorbed, config.merge_rank)
     if output_dir is not None and PartialState().is_main_process:
         pairs.save_pretrained(output_dir)
     return pairs

@@ -25,6 +25,6 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
     skip_missing_blocks = config is None and not args.search_in_rounds
     if config is None:
         config = default_lora(args.lora_rank, args.lora_alpha)
-        if args.local_distillation_tokens:
+        if args.local_distillation_tokens or plan.prefill.merged_blocks or plan.decode.merged_blocks:
             fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
     return STAGE_ADAPTERS[args.stage].add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..fingerprint import combined_fingerprint, model_fingerprint
-from ..hub import export_stage, export_stages
+from ..hub.stage_checkpoint import StageBuilder, export_pair, pair_fingerprint
 from ..inference import DecodeStage, PrefillStage
+from ..pair_layout import DISAGGREGATED, served_stages
 from ..plan import PruningPlan
 
 
@@ -19,31 +19,36 @@ def export_learned_stages(
     stages: tuple[PrefillStage, DecodeStage],
     plan: PruningPlan,
     output_dir: str | os.PathLike,
+    layout: tuple[str, ...] = DISAGGREGATED,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """
-    Writes `<output_dir>/prefill` and `<output_dir>/decode`.
+    Writes `<output_dir>/prefill` and `<output_dir>/decode`, or what else the layout says.
 
     Args:
         stages (`tuple[PrefillStage, DecodeStage]`): Views of one model with adapters, or of a model that learned as a
             whole and of the dense one.
         plan ([`PruningPlan`]): What they do without in the end.
         output_dir (`str`): Folder of the pair.
+        layout (`tuple[str, ...]`, defaults to `("prefill", "decode")`): The checkpoints.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*): Saved beside the weights.
     """
+    by_name = {stage.name: stage for stage in stages}
+    # Those of one checkpoint are one model with one adapter.
+    sources = {checkpoint: by_name[served_stages(checkpoint)[0]] for checkpoint in layout}
     prefill, decode = stages
     if prefill.model is decode.model and (prefill.adapter or decode.adapter):
-        adapters = {stage.name: stage.adapter for stage in stages if stage.adapter}
-        export_stages(prefill.model, plan, output_dir, adapters=adapters, tokenizer=tokenizer)
-        return
-    fingerprint = prefill.fingerprint
-    for stage in stages:
-        learned = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
-        fingerprint = combined_fingerprint(fingerprint, learned)
-    for stage in stages:
-        folder = Path(output_dir) / stage.name
-        export_stage(stage.model, plan, stage.name, folder, None, tokenizer, fingerprint)
-    plan.save_pretrained(output_dir)
+        fingerprint = pair_fingerprint(prefill.model, {stage.name: stage.adapter for stage in stages if stage.adapter})
+    else:
+        fingerprint = prefill.fingerprint
+        for stage in stages:
+            learned = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
+            fingerprint = combined_fingerprint(fingerprint, learned)
+    builders = {
+        checkpoint: StageBuilder(stage.model, plan, checkpoint, stage.adapter, fingerprint)
+        for checkpoint, stage in sources.items()
+    }
+    export_pair(builders, plan, output_dir, tokenizer)
 
 
 def shared_fingerprint(model: nn.Module) -> tuple[str, bool]:

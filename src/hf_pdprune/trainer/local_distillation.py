@@ -5,14 +5,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from ..data import pack_tokens
 from ..plan import PruningPlan
 from .residual_fit import ResidualFit
 from .stage_adapters import StageAdapters
-
-
-# Rows need not be longer: what is fitted follows from the tokens around a token.
-_MAX_ROW_TOKENS = 512
-_TOKENS_PER_FORWARD = 4096
 
 
 class LocalDistillation:
@@ -23,15 +19,13 @@ class LocalDistillation:
         model (`nn.Module`): The dense model with adapters.
         plan ([`PruningPlan`]): What is removed in the first round.
         adapters ([`StageAdapters`]): Which adapter each stage applies, and which of them learn.
-        max_length (`int`, *optional*): Longest row in tokens.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters, max_length: int | None = None):
+    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters):
         self.model = model
         self.missing_blocks = {
             adapter: plan.stage(adapters.stages_of(adapter)[0]).missing_blocks for adapter in adapters.trained
         }
-        self.max_length = min(_MAX_ROW_TOKENS, max_length or _MAX_ROW_TOKENS)
 
     def fit(self, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
         """
@@ -41,15 +35,10 @@ class LocalDistillation:
             rows (`Iterable[dict]`): Training rows with `input_ids`.
             num_tokens (`int`): Tokens of them that are used, in rows of equal length.
         """
-        tokens: list[int] = []
-        for row in rows:
-            tokens += row["input_ids"]
-            if len(tokens) >= num_tokens:
-                break
-        tokens = tokens[:num_tokens]
-        length = min(self.max_length, len(tokens))
-        batch = torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length).to(self._device)
-        fit = ResidualFit(self.model, batch.split(max(1, _TOKENS_PER_FORWARD // length)))
+        # Rows of a packed data set are shorter than what positions the stages meet: they are joined.
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, self._device)
+        fit = ResidualFit(self.model, tokens)
         for adapter, missing in self.missing_blocks.items():
             fit.fit(missing, adapter)
 

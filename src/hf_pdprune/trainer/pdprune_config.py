@@ -79,7 +79,7 @@ class PDPruneConfig(SFTConfig):
             Training tokens on which each stage's adapter is fitted in closed form before the first step (see
             [`ResidualFit`]); 0 leaves that out.
         local_distillation_rank (`int`, *optional*):
-            Rank of the adapter in the layers that are fitted (the MLPs before gaps). Default: the hidden size, with
+            Rank of the adapter in the layers that are fitted (the MLPs beside gaps). Default: the hidden size, with
             which an MLP can take over neurons of the missing blocks; with less, its last linear layer is corrected.
         train_fitted_layers (`bool`, *optional*, defaults to `False`):
             Whether layers that were fitted in closed form are trained on. They are of full rank and fitted on more
@@ -237,11 +237,8 @@ class PDPruneConfig(SFTConfig):
     def check_plan(self, plan: PruningPlan) -> None:
         """Raises a `ValueError` that names the option which does not go with a plan."""
         prefill, decode = plan.prefill, plan.decode
-        if self.stage == "unified" and prefill != decode:
-            raise ValueError(
-                "stage='unified' needs a plan in which prefill and decode miss the same blocks; this one misses "
-                f"{list(prefill.missing_blocks)} and {list(decode.missing_blocks)}"
-            )
+        for checkpoint in STAGE_ADAPTERS[self.stage].layout:
+            plan.stage(checkpoint)  # raises if the plan has none
         if self.search_in_rounds and (prefill.merged_blocks or decode.merged_blocks):
             raise ValueError(
                 "search_in_rounds chooses blocks to remove; the plan merges some, so it has to be taken as it is"

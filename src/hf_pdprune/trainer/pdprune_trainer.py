@@ -38,8 +38,6 @@ from .training_metrics import TrainingMetrics
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("prefill", "decode")
-
 
 class PDPruneTrainer(SFTTrainer):
     """
@@ -85,7 +83,7 @@ class PDPruneTrainer(SFTTrainer):
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
             processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **(args.model_init_kwargs or {}))
+            model = create_model_from_path(model, **{"use_safetensors": True, **(args.model_init_kwargs or {})})
             args.model_init_kwargs = None
         plan.blocks_of(model.config)  # raises if the plan is of another model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -114,6 +112,7 @@ class PDPruneTrainer(SFTTrainer):
         # transformers' own would leave out the KV cache, see checkpointed_blocks.
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
+        args.use_cache = getattr(model.config, "use_cache", False)  # goes into the config that is exported
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
             check_given_rows(dataset, name)
@@ -187,7 +186,7 @@ class PDPruneTrainer(SFTTrainer):
         if not all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
             return
         model, plan = self.accelerator.unwrap_model(self.model), self.removal.plan_of_round(1)
-        distillation = LocalDistillation(model, plan, self.stage_adapters, args.max_length)
+        distillation = LocalDistillation(model, plan, self.stage_adapters)
         if not is_resumed:
             distillation.fit(self.train_dataset, args.local_distillation_tokens)
         if self._is_sharded and self.is_deepspeed_enabled:
@@ -296,8 +295,8 @@ class PDPruneTrainer(SFTTrainer):
             read = metrics.pop("read_tokens")
             if not self.args.hidden_matching_weight:
                 del metrics["hidden_loss"]
-            for stage in STAGES:
-                metrics[f"{stage}_blocks"] = len(self.removal.current_plan.kept_blocks(stage))
+            for stage in self.stages():
+                metrics[f"{stage.name}_blocks"] = len(stage.running_blocks)
             if mode == "train":
                 self._total_train_tokens += read
                 metrics["num_tokens"] = self._total_train_tokens
@@ -346,9 +345,9 @@ class PDPruneTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`. The
-        checkpoints that training itself writes hold the adapters and the plan, not the dense weights (but with
-        `full_finetuning`, the weights that learn).
+        Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`, or with
+        `stage="unified"` the one that serves both, `<output_dir>/unified`. The checkpoints that training itself writes
+        hold the adapters and the plan, not the dense weights (but with `full_finetuning`, the weights that learn).
         """
         output_dir = output_dir or self.args.output_dir
         if _internal_call:
@@ -366,7 +365,9 @@ class PDPruneTrainer(SFTTrainer):
             )
         with whole_weights(self.accelerator.unwrap_model(self.model)):
             if self.args.should_save:
-                export_learned_stages(self.stages(), self.plan, output_dir, self.processing_class)
+                export_learned_stages(
+                    self.stages(), self.plan, output_dir, self.stage_adapters.layout, self.processing_class
+                )
 
     def push_to_hub(
         self,

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters import adapter_parameters
 from ..blocks import blocks_path, get_blocks
+from ..pair_layout import DISAGGREGATED, STAGES, UNIFIED
 from ..plan import PruningPlan
 from .residual_fit import fitted_layers
 
@@ -23,20 +24,23 @@ class StageAdapters:
         prefill (`str`): Adapter of the prefill stage.
         decode (`str`): Adapter of the decode stage.
         trained (`tuple[str, ...]`): Those that learn; others are applied as they are, if the model has them.
+        layout (`tuple[str, ...]`): Checkpoints that the stages are exported to, each named like the adapter that it
+            has merged.
     """
 
     prefill: str
     decode: str
     trained: tuple[str, ...]
+    layout: tuple[str, ...] = DISAGGREGATED
 
     def stages_of(self, adapter: str) -> tuple[str, ...]:
         """The stages that apply an adapter."""
-        return tuple(stage for stage in ("prefill", "decode") if getattr(self, stage) == adapter)
+        return tuple(stage for stage in STAGES if getattr(self, stage) == adapter)
 
     def of_model(self, model: nn.Module) -> dict[str, str]:
         """Adapter of each stage, without those that the model does not have."""
         there = getattr(model, "peft_config", {})
-        names = {stage: getattr(self, stage) for stage in ("prefill", "decode")}
+        names = {stage: getattr(self, stage) for stage in STAGES}
         return {stage: name for stage, name in names.items() if name in there}
 
     def add_to(
@@ -102,7 +106,7 @@ STAGE_ADAPTERS = {
     "disaggregated": StageAdapters("prefill", "decode", ("prefill", "decode")),
     "prefill": StageAdapters("prefill", "decode", ("prefill",)),
     "decode": StageAdapters("prefill", "decode", ("decode",)),
-    "unified": StageAdapters("unified", "unified", ("unified",)),
+    "unified": StageAdapters("unified", "unified", ("unified",), UNIFIED),
 }
 
 

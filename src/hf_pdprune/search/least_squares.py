@@ -2,7 +2,7 @@
 
 import torch
 
-from ..search.reduced_rank import Sums, best_ridge, reduced_rank, ridge_regression
+from .reduced_rank import Sums, best_ridge, reduced_rank, ridge_regression
 
 
 # Ridges that are tried, relative to the mean of the features' squares.
@@ -47,11 +47,31 @@ class LeastSquares:
         first, *others = self.sums.values()
         return first + others[0] if others else first
 
-    def ridge(self) -> float:
-        """The ridge that serves held-out rows best, as a share of the mean of the features' squares."""
+    def restricted(self, chosen: torch.LongTensor) -> "LeastSquares":
+        """The same rows with the `chosen` features only."""
+        fewer = LeastSquares()
+        fewer.rows = self.rows
+        fewer.sums = {
+            part: Sums(sums.gram[chosen][:, chosen], sums.cross[chosen], sums.squares)
+            for part, sums in self.sums.items()
+        }
+        return fewer
+
+    def ridge(self, prior: torch.Tensor | None = None) -> float:
+        """
+        The ridge that serves held-out rows best, as a share of the mean of the features' squares.
+
+        Args:
+            prior (`torch.Tensor`, *optional*): To what it pulls, shape `(num_features, hidden_size)`. Default: zero.
+        """
         if len(self.sums) < 2:
             return _DEFAULT_RIDGE
-        return best_ridge(self.sums[False], self.sums[True], _RIDGES)[0]
+        fitted, held_out = (self.sums[part] if prior is None else self.sums[part].after(prior) for part in (0, 1))
+        return best_ridge(fitted, held_out, _RIDGES)[0]
+
+    def squared_error(self, weight: torch.Tensor) -> float:
+        """What all rows' targets less features @ weight have in squares."""
+        return self.totals().after(weight).squares
 
     def reduced_rank(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors of the best solution of a given rank, see [`~search.reduced_rank.reduced_rank`]."""
@@ -60,8 +80,7 @@ class LeastSquares:
 
     def best_features(self, prior: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        Chooses features and solves for them. The targets that were added are what is missing when every feature counts
-        as `prior` says; the ridge pulls towards `prior`.
+        Chooses features and solves for them; the ridge pulls towards `prior`.
 
         Features are left out in rounds. Leaving out one of them costs |d|^2 / (A'A + ridge)^-1_jj, the others making
         up for it as well as they can (optimal brain surgeon, Hassibi and Stork 1993).
@@ -75,12 +94,15 @@ class LeastSquares:
             counts, shape `(count, hidden_size)`.
         """
         sums = self.totals()
-        ridge = self.ridge() * float(sums.gram.diagonal().mean())
-        wanted = sums.cross + sums.gram @ prior + ridge * prior
+        ridge = self.ridge(prior) * float(sums.gram.diagonal().mean())
+        wanted = sums.cross + ridge * prior
         chosen = torch.arange(len(prior), device=prior.device)
         while len(chosen) > count:
-            inverse = torch.cholesky_inverse(_cholesky(sums.gram[chosen][:, chosen], ridge))
-            cost = (inverse @ wanted[chosen]).pow(2).sum(-1) / inverse.diagonal()
+            factor = _cholesky(sums.gram[chosen][:, chosen], ridge)
+            # The inverse's diagonal from the triangular factor's inverse: cholesky_inverse takes 20 times as long.
+            identity = torch.eye(len(chosen), dtype=factor.dtype, device=factor.device)
+            diagonal = torch.linalg.solve_triangular(factor, identity, upper=False).pow(2).sum(0)
+            cost = torch.cholesky_solve(wanted[chosen], factor).pow(2).sum(-1) / diagonal
             kept = cost.topk(max(count, int(_KEPT_PER_ROUND * len(chosen)))).indices
             chosen = chosen[kept.sort().values]
         return chosen, torch.cholesky_solve(wanted[chosen], _cholesky(sums.gram[chosen][:, chosen], ridge))

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_pdprune.adapters import active_adapter
 from hf_pdprune.blocks import get_blocks
-from hf_pdprune.trainer.mlp_neurons import MLPNeurons, linear_layers, mlp_path
+from hf_pdprune.search.mlp_neurons import MLPNeurons, linear_layers, mlp_path, neuron_rows
 
 
 IDS = torch.arange(3, 15).view(1, 12)
@@ -27,8 +27,8 @@ def test_neurons_are_found(tiny_model, name):
         expected = block.mlp(block.post_attention_layernorm(hidden))
     torch.testing.assert_close(features @ neurons.columns, expected)
     parts = 2 if name == "phi3" else 1
-    for layer in neurons.input_layers:
-        rows = neurons.rows(layer, torch.ones(model.config.hidden_size))
+    for layer in neurons.input_layers.values():
+        rows = neuron_rows(layer, len(neurons.columns))
         assert rows.shape == (parts, len(neurons.columns), model.config.hidden_size)
 
 
@@ -61,7 +61,7 @@ def test_scale_is_what_norms_differ_in(tiny_llama):
     with torch.no_grad():
         scale = other.scale_from(own, hidden)
         torch.testing.assert_close(scale, other.norm.weight / own.norm.weight)
-        rows = other.rows("mlp.up_proj", scale)[0]
+        rows = neuron_rows(other.input_layers["mlp.up_proj"], len(other.columns))[0] * scale
         torch.testing.assert_close(
             own.norm(hidden) @ rows.T, other.norm(hidden) @ tiny_llama.model.layers[2].mlp.up_proj.weight.T
         )

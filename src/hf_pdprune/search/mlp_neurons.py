@@ -58,8 +58,8 @@ class MLPNeurons:
             return None
         width = features[0].shape[-1]
         for layer in input_layers.values():
-            weight, bias = _dense(layer).weight, _dense(layer).bias
-            if not isinstance(_dense(layer), nn.Linear) or bias is not None:
+            weight, bias = dense_layer(layer).weight, dense_layer(layer).bias
+            if not isinstance(dense_layer(layer), nn.Linear) or bias is not None:
                 return None
             if weight.shape[0] % width or weight.shape[1] != hidden[0].shape[-1]:
                 return None
@@ -72,7 +72,7 @@ class MLPNeurons:
     @property
     def columns(self) -> torch.Tensor:
         """What each neuron adds to the residual stream, shape `(num_neurons, hidden_size)`."""
-        return _dense(self.output_layer).weight.T
+        return dense_layer(self.output_layer).weight.T
 
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -85,20 +85,6 @@ class MLPNeurons:
             `torch.Tensor`: Shape `(batch_size, seq_len, num_neurons)`.
         """
         return self._features(self.norm(hidden_states))
-
-    def rows(self, name: str, scale: torch.Tensor) -> torch.Tensor:
-        """
-        The weight of an input layer, for hidden states that `scale` times are those which it was made for.
-
-        Args:
-            name (`str`): Name of the layer.
-            scale (`torch.Tensor`): See [`MLPNeurons.scale_from`].
-
-        Returns:
-            `torch.Tensor`: Shape `(parts, num_neurons, hidden_size)`.
-        """
-        weight = _dense(self.input_layers[name]).weight * scale
-        return weight.view(-1, len(self.columns), weight.shape[-1])
 
     def scale_from(self, other: "MLPNeurons", hidden_states: torch.Tensor) -> torch.Tensor | None:
         """
@@ -130,8 +116,15 @@ def mlp_path(block: nn.Module) -> str:
     return next(reversed(linear_layers(block)), "").rpartition(".")[0]
 
 
-def _dense(layer: nn.Module) -> nn.Module:
+def dense_layer(layer: nn.Module) -> nn.Module:
+    """The linear layer itself, within an adapter's wrapping."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def neuron_rows(layer: nn.Module, num_neurons: int) -> torch.Tensor:
+    """The rows of an input layer by neuron, shape `(parts, num_neurons, hidden_size)`."""
+    weight = dense_layer(layer).weight
+    return weight.view(-1, num_neurons, weight.shape[-1])
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from hf_pdprune.trainer.least_squares import LeastSquares
+from hf_pdprune.search.least_squares import LeastSquares
 
 
 def sums_of(features, targets, batch_size=3):
@@ -36,6 +36,13 @@ def test_the_ridge_grows_with_noise(features, generator):
     assert sums_of(features, targets + noise).ridge() > sums_of(features, targets).ridge()
 
 
+def test_the_ridge_depends_on_what_it_pulls_to(features, generator):
+    prior = torch.randn(12, 4, generator=generator)
+    targets = features @ prior + 10 * torch.randn(10, 40, 4, generator=generator)
+    problem = sums_of(features, targets)
+    assert problem.ridge(prior) > problem.ridge(10 * prior)
+
+
 def test_a_single_row_gets_a_ridge_too(features):
     problem = sums_of(features[:1], features[:1, :, :4])
     assert problem.ridge() == 0.3
@@ -59,15 +66,31 @@ def test_best_features_are_those_that_matter(features, generator):
 
 def test_where_nothing_is_missing_the_prior_stays(features, generator):
     prior = torch.randn(12, 4, generator=generator)
-    chosen, columns = sums_of(features, torch.zeros(10, 40, 4)).best_features(prior, 12)
+    chosen, columns = sums_of(features, features @ prior).best_features(prior, 12)
     torch.testing.assert_close(columns, prior, atol=1e-4, rtol=1e-4)
 
 
 def test_a_feature_left_out_is_made_up_for_by_its_twin(features):
     twice = torch.cat([features, features[..., :1]], dim=-1)
     prior = torch.cat([torch.eye(12), torch.eye(12)[:1]])
-    chosen, columns = sums_of(twice, torch.zeros(10, 40, 12)).best_features(prior, 12)
+    chosen, columns = sums_of(twice, twice @ prior).best_features(prior, 12)
     assert sorted(index % 12 for index in chosen.tolist()) == list(range(12))
     torch.testing.assert_close(
         columns[(chosen % 12).argsort()], torch.diag(torch.tensor([2.0] + 11 * [1.0])), atol=0.2, rtol=0.2
     )
+
+
+def test_squared_error_is_that_of_all_rows(features, generator):
+    targets = torch.randn(10, 40, 4, generator=generator)
+    weight = torch.randn(12, 4, generator=generator)
+    expected = (targets - features @ weight).pow(2).sum()
+    assert sums_of(features, targets).squared_error(weight) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_rows_can_be_restricted_to_some_features(features, generator):
+    targets, chosen = torch.randn(10, 40, 4, generator=generator), torch.tensor([1, 4, 7])
+    fewer, expected = sums_of(features, targets).restricted(chosen), sums_of(features[..., chosen], targets)
+    assert fewer.rows == expected.rows == 10
+    for part in (False, True):
+        torch.testing.assert_close(fewer.sums[part].gram, expected.sums[part].gram)
+        torch.testing.assert_close(fewer.sums[part].cross, expected.sums[part].cross)
