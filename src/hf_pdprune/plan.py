@@ -110,7 +110,8 @@ class KVPlan:
     - `"first_last"`: the first `first_tokens` and the last `last_tokens`.
     - `"attention"` (SnapKV, arXiv 2404.14469): the last `min(32, last_tokens)`, which are observed, and of those
       before them the ones to which the observed tokens' queries attend most, each with the mean of its five
-      neighbours. Every block and KV head chooses for itself, so nothing but the bytes is the same.
+      neighbours. Every block and KV head chooses for itself, so nothing but the bytes is the same. It costs prefill a
+      few percent, and pays where the stages are otherwise dense (dev/LOG.md, "Token choice at equal bytes").
 
     Args:
         token_aware_blocks (`tuple[int, ...]`): Blocks that hand over only these; all others hand over everything.

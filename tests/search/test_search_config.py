@@ -2,6 +2,7 @@ from dataclasses import fields
 
 import pytest
 
+from hf_pdprune.plan import KVPlan
 from hf_pdprune.search import SearchConfig
 
 
@@ -52,3 +53,7 @@ def test_every_option_is_documented():
     for option in fields(SearchConfig):
         assert option.metadata["help"].endswith(".")
         assert f"        {option.name} (" in SearchConfig.__doc__
+
+
+def test_tokens_are_chosen_as_by_the_plan_itself():
+    assert SearchConfig().token_choice == KVPlan().token_choice == "first_last"

@@ -96,9 +96,10 @@ class SearchConfig:
             Prompt tokens at the beginning that token-aware blocks keep.
         last_tokens (`int`, *optional*, defaults to `112`):
             Prompt tokens at the end that they keep.
-        token_choice (`str`, *optional*, defaults to `"attention"`):
+        token_choice (`str`, *optional*, defaults to `"first_last"`):
             Which tokens are kept: `"first_last"`, or `"attention"`, as many of each KV head, the last 32 and those to
-            which these attend most (SnapKV).
+            which these attend most (SnapKV). `"attention"` pays where the stages are otherwise dense (KL 0.067 against
+            0.078 on SmolLM2-135M); on a pruned and distilled pair it gained nothing (0.240 either way).
         token_aware_criterion (`str`, *optional*, defaults to `"kl"`):
             `"kl"` (what dropping costs, measured), `"attention_mass"` (PDTrim: blocks whose attention rests on the
             ends of the prompt) or `"random"`.
@@ -185,9 +186,10 @@ class SearchConfig:
     )
     last_tokens: int = field(default=112, metadata={"help": "Prompt tokens at the end that token-aware blocks keep."})
     token_choice: str = field(
-        default="attention",
+        default="first_last",
         metadata={
-            "help": "Which tokens are kept: the first and last, or as many by attention of the last 32.",
+            "help": "Which tokens are kept: the first and last, or as many by attention of the last 32, which pays "
+            "where the stages are otherwise dense.",
             "choices": list(TOKEN_CHOICES),
         },
     )
