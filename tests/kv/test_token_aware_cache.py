@@ -409,6 +409,19 @@ class TestObservedPrompt:
         expected = masked_logits(llama, plan, input_ids[rows], mask[rows], 16)[:, 16:]
         torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
 
+    @pytest.mark.parametrize("sizes", [[10, 5], [4, 6, 5], [12, 3], [1] * 15], ids=str)
+    def test_rows_that_are_all_padded_and_kept_whole(self, llama, sizes):
+        # What is dropped is padding, and the block forgets it when the others forget tokens.
+        plan = PruningPlan.empty(llama, kv=replace(KV, first_tokens=6, token_choice="attention"))
+        input_ids, mask = (torch.nn.functional.pad(t, (6, 0)) for t in random_prompts([4, 3]))
+        input_ids, mask = with_completion(input_ids, mask, 5)
+        cache = TokenAwareCache(plan, llama, prompt_tokens=10)
+        actual = cached_logits(llama, cache, input_ids, mask, sizes)
+        real = mask.bool()
+        expected = masked_logits(llama, plan, input_ids, mask, 10)
+        torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
+        assert [layer.keys.shape[-2] for layer in cache.token_aware_layers] == [4 + 5] * 4
+
     def test_right_padding_is_refused(self, llama):
         input_ids, mask = random_prompts([16, 9])
         with TokenAwareCache(PruningPlan.empty(llama, kv=self.KV), llama) as cache:

@@ -111,6 +111,7 @@ class ForwardHooks:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
             cache = self.cache()
             prompt_tokens, padding_mask = cache.prompt_tokens, self.padding_mask
+            # So short a prompt loses at most padding, and that the window says.
             if not self.is_active or layer.is_shortened or prompt_tokens <= cache.plan.kv.kept_tokens:
                 return None
             attention = observed_attention(
@@ -144,7 +145,7 @@ class ForwardHooks:
     def _shorten(self, layer: "TokenAwareLayer") -> Callable:
         # Not in the attention module's hook: a block that is computed again in the backward pass does not drop again.
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            if self.is_active and layer.columns is not None:
+            if self.is_active and layer.window is not None and not layer.is_shortened:
                 layer.shorten()
 
         return hook
