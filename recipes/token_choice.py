@@ -4,10 +4,12 @@ Does it lose the middle? Which prompt tokens decode receives, compared at equal 
     python recipes/token_choice.py --plan outputs/demo --model HuggingFaceTB/SmolLM2-135M-Instruct \\
         --text wikitext2.validation.jsonl --output_dir outputs/token_choice
 
-The plan's token-aware blocks stand beside the first and last tokens in all blocks, as many random blocks, H2O, SnapKV,
-and SnapKV in the plan's blocks: on text (KL to the dense model), on needles and key-value pairs at several depths of
-the prompt, and on few-shot questions. Decode reads the prompt's last token, so that every token of an answer depends
-on what was handed over. Every example is a line of `token_choice.jsonl`; an interrupted run goes on after the last.
+The plan's token-aware blocks, with the tokens chosen by attention and with the first and last ones, stand beside the
+first and last tokens in all blocks and in as many random blocks, H2O and SnapKV: on text (KL to the dense model), on
+needles and key-value pairs at several depths of the prompt, and on few-shot questions. What is chosen by attention in
+the plan's blocks is what the prefill stage hands over; the baselines are selected from everything it reads. Decode
+reads the prompt's last token, so that every token of an answer depends on what was handed over. Every example is a
+line of `token_choice.jsonl`; an interrupted run goes on after the last.
 """
 
 import json
@@ -26,8 +28,9 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
-from hf_pdprune.kv import KVPayload, PromptWindow
+from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PromptWindow
 from hf_pdprune.kv.prompt_attention import PromptAttention
 from hf_pdprune.kv.token_choice import heavy_hitters, observed, select_per_head
 from hf_pdprune.plan import KVPlan
@@ -68,8 +71,9 @@ class TokenChoiceArguments:
             Where in the prompt the needle is, from 0 to 1.
         repeats (`int`, *optional*, defaults to `2`):
             Prompts of each kind, length and depth.
-        observation_window (`int`, *optional*, defaults to `32`):
-            Last tokens by whose attention SnapKV chooses.
+        quantizations (`list[str]`, *optional*):
+            `int8`, `int4` or `fp8`: payloads of the plan, by its own choice of tokens, and of all tokens are measured
+            so, too.
         seed (`int`, *optional*, defaults to `0`):
             Of random blocks, needles and questions.
     """
@@ -93,18 +97,22 @@ class TokenChoiceArguments:
         default_factory=lambda: [0.1, 0.5, 0.9], metadata={"help": "Where in the prompt it is, from 0 to 1."}
     )
     repeats: int = field(default=2, metadata={"help": "Prompts of each kind, length and depth."})
-    observation_window: int = field(default=32, metadata={"help": "Last tokens by whose attention SnapKV chooses."})
+    quantizations: list[str] = field(
+        default_factory=list, metadata={"help": "int8, int4, fp8: in which payloads are measured, too."}
+    )
     seed: int = field(default=0, metadata={"help": "Of random blocks, needles and questions."})
 
     def __post_init__(self):
         for name, least in (("num_texts", 0), ("num_questions", 0), ("shots", 0), ("repeats", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for name in ("prompt_tokens", "completion_tokens", "observation_window"):
+        for name in ("prompt_tokens", "completion_tokens"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name} must be at least 2, got {getattr(self, name)}")
         if any(not 0 <= depth <= 1 for depth in self.depths):
             raise ValueError(f"depths must be from 0 to 1, got {self.depths}")
+        if not set(self.quantizations) <= set(QUANTIZATIONS):
+            raise ValueError(f"quantizations must be of {', '.join(QUANTIZATIONS)}, got {self.quantizations}")
 
 
 @dataclass
@@ -124,47 +132,41 @@ class TokenChoices:
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model.
         plan ([`PruningPlan`]): Ours; the others are given as many KV entries.
-        args (`TokenChoiceArguments`): Seed and observation window.
+        args (`TokenChoiceArguments`): Seed and quantisations.
     """
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan, args: TokenChoiceArguments):
         self.model, self.plan, self.args = model, plan, args
         self.blocks = plan.kept_blocks("decode")
         self.kv_heads = model.config.get_text_config().num_key_value_heads
-        everything = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
-        self.prefill = PrefillStage(model, everything)
+        self.fingerprint = model_fingerprint(model)
 
     def kv_plans(self, tokens: int) -> dict[str, KVPlan]:
-        """Window and blocks of each choice, for a prompt of `tokens` tokens. All but the first have equal bytes."""
+        """What each choice hands over of a prompt of `tokens` tokens. All but the first have equal bytes."""
         kv = self.plan.kv
         budget = sum(self.plan.kept_prompt_tokens(block, tokens) for block in self.blocks) // len(self.blocks)
         rng = random.Random(self.args.seed)
         random_blocks = rng.sample(self.blocks, len(kv.token_aware_blocks))
-        every = KVPlan(self.blocks, kv.first_tokens, max(1, budget - kv.first_tokens))
+        every = KVPlan(self.blocks, min(kv.first_tokens, budget - 1), budget - min(kv.first_tokens, budget - 1))
+        ends = replace(kv, token_choice="first_last")
         return {
             "all tokens": replace(kv, token_aware_blocks=()),
-            "ours": kv,
+            "attention, our blocks": replace(kv, token_choice="attention"),
+            "first + last, our blocks": ends,
             "first + last, all blocks": every,
-            "random blocks": replace(kv, token_aware_blocks=tuple(sorted(random_blocks))),
+            "first + last, random blocks": replace(ends, token_aware_blocks=tuple(sorted(random_blocks))),
             "H2O, all blocks": every,
             "SnapKV, all blocks": every,
-            "SnapKV, our blocks": kv,
         }
 
     @torch.no_grad()
     def logits(self, prompt: torch.LongTensor, completions: list[torch.LongTensor]) -> dict[str, list[torch.Tensor]]:
         """For the dense model and each choice, the logits that predict each completion's tokens."""
-        attention = PromptAttention(self.args.observation_window)
-        with attention.recording(self.model, self.kv_heads):
-            payload = self.prefill.forward(prompt[:, :-1], torch.ones_like(prompt[:, :-1]))
-        # As the model was recorded, so that a choice which keeps all tokens is exactly the same.
         read = [torch.cat([prompt[:, -1:], completion[:, :-1]], dim=1) for completion in completions]
         results = {"dense": [self._dense(prompt, completion) for completion in completions]}
-        for name, kv in self.kv_plans(payload.prompt_tokens).items():
-            plan = replace(self.plan, kv=kv)
-            decode = DecodeStage(self.model, plan)
-            chosen = replace(payload, entries=self._entries(name, kv, payload, attention), plan_digest=plan.digest)
-            results[name] = [decode.forward(chosen, tokens, torch.ones_like(tokens)) for tokens in read]
+        for name, (plan, payload) in self._payloads(prompt[:, :-1]).items():
+            decode = DecodeStage(self.model, plan, fingerprint=self.fingerprint)
+            results[name] = [decode.forward(payload, tokens, torch.ones_like(tokens)) for tokens in read]
         return results
 
     def _dense(self, prompt: torch.LongTensor, completion: torch.LongTensor) -> torch.Tensor:
@@ -172,23 +174,44 @@ class TokenChoices:
         batch |= {"completion_ids": completion, "completion_mask": torch.ones_like(completion)}
         return dense_forward(self.model, batch)
 
-    def _entries(
+    def _payloads(self, prompt: torch.LongTensor) -> dict[str, tuple[PruningPlan, KVPayload]]:
+        """Each choice's plan and payload; of the plan's own choice and of all tokens quantised ones, too."""
+        kv_plans, mask = self.kv_plans(prompt.shape[1]), torch.ones_like(prompt)
+        plans = {name: replace(self.plan, kv=kv) for name, kv in kv_plans.items()}
+        attention, payloads = PromptAttention(), {}
+        with attention.recording(self.model, self.kv_heads):
+            everything = self._prefill(plans["all tokens"]).forward(prompt, mask)
+        for name, plan in plans.items():
+            if plan.kv.token_choice == "attention":
+                payload = self._prefill(plan).forward(prompt, mask)
+            else:
+                entries = self._selected(name, plan.kv, everything, attention)
+                payload = replace(everything, entries=entries, plan_digest=plan.digest)
+            payloads[name] = plan, payload
+        ours = next(name for name in plans if name.endswith("our blocks") and kv_plans[name] == self.plan.kv)
+        for kind in self.args.quantizations:
+            for title, name in (("all tokens", "all tokens"), ("the plan", ours)):
+                plan, payload = payloads[name]
+                payloads[f"{title}, {kind}"] = plan, payload.quantized(kind)
+        return payloads
+
+    def _prefill(self, plan: PruningPlan) -> PrefillStage:
+        return PrefillStage(self.model, plan, fingerprint=self.fingerprint)
+
+    def _selected(
         self, name: str, kv: KVPlan, payload: KVPayload, attention: PromptAttention
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+        """Entries of the baselines, from those of all tokens."""
         window = PromptWindow.of_prompt(payload.prompt_tokens, None, kv.first_tokens, kv.last_tokens)
-        entries = {}
-        for block, pair in payload.entries.items():
-            if window is not None and block in kv.token_aware_blocks:
-                if name.startswith("H2O"):
-                    columns = heavy_hitters(attention.accumulated[block], window.kept_tokens)
-                    pair = tuple(select_per_head(states, columns) for states in pair)
-                elif name.startswith("SnapKV"):
-                    recent = self.args.observation_window
-                    columns = observed(attention.recent[block], window.kept_tokens, recent)
-                    pair = tuple(select_per_head(states, columns) for states in pair)
-                else:
-                    pair = tuple(window.select(states) for states in pair)
-            entries[block] = pair
+        entries = dict(payload.entries)
+        for block in kv.token_aware_blocks if window is not None else ():
+            if name.startswith("H2O"):
+                columns = heavy_hitters(attention.accumulated[block], window.kept_tokens)
+            elif name.startswith("SnapKV"):
+                columns = observed(attention.recent[block], window.kept_tokens, attention.recent_queries)
+            else:
+                columns = window.columns.expand(*payload.entries[block][0].shape[:2], -1)
+            entries[block] = tuple(select_per_head(states, columns) for states in payload.entries[block])
         return entries
 
 

@@ -1,10 +1,12 @@
 """What a token-aware cache must equal, without any cache: attention in which the dropped tokens are masked."""
 
+import copy
 from contextlib import contextmanager
 
 import torch
+from transformers import AutoModelForCausalLM
 
-from hf_pdprune.blocks import get_blocks
+from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.inference.stage import position_ids
 from hf_pdprune.kv import TokenAwareCache
 
@@ -17,43 +19,106 @@ def is_sliding(model, block):
     return getattr(model.config, "sliding_window", None) is not None
 
 
-def dropped_columns(prompt_mask, first_tokens, last_tokens):
-    """Per row, the prompt columns that a token-aware block drops."""
+def eager_copy(model):
+    """The same model with eager attention, the only one that shows its weights."""
+    with torch.random.fork_rng(devices=[]):
+        eager = AutoModelForCausalLM.from_config(
+            copy.deepcopy(model.config), attn_implementation="eager", dtype=torch.float32
+        )
+    eager.load_state_dict(model.state_dict())
+    return eager.eval()
+
+
+def dropped_columns(prompt_mask, kv, weights=None):
+    """
+    Per row and KV head, the prompt columns that a token-aware block drops; `weights` are its attention over the
+    prompt, of shape (rows, kv_heads, tokens, tokens), or None where the plan does not choose by attention.
+    """
     dropped = []
-    for row in prompt_mask.tolist():
-        real = [column for column, value in enumerate(row) if value]
-        dropped.append(sorted(set(real) - set(real[:first_tokens]) - set(real[-last_tokens:])))
+    for row, bits in enumerate(prompt_mask.tolist()):
+        real = [column for column, bit in enumerate(bits) if bit]
+        if kv.token_choice == "first_last":
+            dropped.append([sorted(set(real) - set(real[: kv.first_tokens]) - set(real[-kv.last_tokens :]))])
+            continue
+        budget, num_observed = kv.first_tokens + kv.last_tokens, min(32, kv.last_tokens)
+        observed, earlier = real[-num_observed:], real[:-num_observed]
+        dropped.append([])
+        for of_head in weights[row].tolist():
+            attention = {column: sum(of_head[query][column] for query in observed) for column in earlier}
+            pooled = {c: sum(attention.get(c + shift, 0.0) for shift in range(-2, 3)) for c in earlier}
+            best = sorted(earlier, key=lambda column: -pooled[column])[: budget - num_observed]
+            dropped[-1].append(sorted(set(earlier) - set(best)))
     return dropped
 
 
-def visible(prompt_mask, rows, tokens, kv):
-    """Which column each query sees in a token-aware block, shape (rows, 1, tokens, tokens)."""
+def visible(prompt_mask, rows, tokens, kv, weights=None):
+    """Which column each query sees in a token-aware block, shape (rows, kv_heads or 1, tokens, tokens)."""
     prompt_tokens = prompt_mask.shape[1]
-    prompt_mask = prompt_mask.repeat_interleave(rows // len(prompt_mask), dim=0)  # beams, returned sequences
-    seen = torch.ones(tokens, tokens).tril().bool().repeat(rows, 1, 1)
-    seen[:, :, :prompt_tokens] &= prompt_mask[:, None, :tokens].bool()
-    for row, columns in enumerate(dropped_columns(prompt_mask, kv.first_tokens, kv.last_tokens)):
-        seen[row, prompt_tokens:, columns] = False
-    return seen[:, None]
+    copies = rows // len(prompt_mask)  # beams, returned sequences
+    dropped = [of_row for of_row in dropped_columns(prompt_mask, kv, weights) for _ in range(copies)]
+    prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
+    seen = torch.ones(tokens, tokens).tril().bool().repeat(rows, len(dropped[0]), 1, 1)
+    seen[..., :prompt_tokens] &= prompt_mask[:, None, None, :tokens].bool()
+    for row, of_row in enumerate(dropped):
+        for head, columns in enumerate(of_row):
+            seen[row, head, prompt_tokens:, columns] = False
+    return seen
+
+
+@torch.no_grad()
+def attention_weights(model, prompt_ids, prompt_mask, missing_blocks):
+    """By block the attention over the prompts, mean of the heads that share a KV head; by an eager model."""
+    eager, weights = eager_copy(model), {}
+
+    def record(block):
+        def hook(module, args, output):
+            shown = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+            if isinstance(shown, torch.Tensor) and shown.dim() == 4:
+                weights[block] = shown
+
+        return hook
+
+    for block, module in enumerate(get_blocks(eager)):
+        for part in list(module.modules())[1:]:
+            part.register_forward_hook(record(block))
+    with bypass_blocks(eager, missing_blocks):
+        weights.clear()  # to bypass blocks, the model is looked at first
+        cache = eager(
+            input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask), use_cache=True
+        ).past_key_values
+    return {
+        block: of_heads.unflatten(1, (cache.layers[block].keys.shape[1], -1)).mean(dim=2)
+        for block, of_heads in weights.items()
+    }
 
 
 @contextmanager
-def masked_blocks(model, plan, prompt_mask):
+def masked_blocks(model, plan, prompt_ids, prompt_mask):
     """
     Within this context the plan's token-aware blocks attend by a mask of their own, whatever mask they are given: in
     forwards over the whole sequence, queries after the prompt do not see the prompt tokens that the plan drops.
     """
+    chosen = None
+    if plan.kv.token_choice == "attention":
+        chosen = attention_weights(model, prompt_ids, prompt_mask, plan.prefill.missing_blocks)
+    num_heads = model.config.num_attention_heads
 
-    def own_mask(module, args, kwargs):
-        hidden_states = args[0] if args else kwargs["hidden_states"]
-        seen = visible(prompt_mask, *hidden_states.shape[:2], plan.kv)
-        mask = torch.zeros(()).masked_fill(~seen, torch.finfo().min)
-        if len(args) > 2:  # gpt2 passes (hidden_states, past_key_values, attention_mask, ...)
-            return (*args[:2], mask, *args[3:]), kwargs
-        return args, {**kwargs, "attention_mask": mask}
+    def own_mask(block):
+        def hook(module, args, kwargs):
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            weights = None if chosen is None else chosen[block]
+            seen = visible(prompt_mask, *hidden_states.shape[:2], plan.kv, weights)
+            if seen.shape[1] > 1:
+                seen = seen.repeat_interleave(num_heads // seen.shape[1], dim=1)
+            mask = torch.zeros(()).masked_fill(~seen, torch.finfo().min)
+            if len(args) > 2:  # gpt2 passes (hidden_states, past_key_values, attention_mask, ...)
+                return (*args[:2], mask, *args[3:]), kwargs
+            return args, {**kwargs, "attention_mask": mask}
+
+        return hook
 
     handles = [
-        get_blocks(model)[block].register_forward_pre_hook(own_mask, with_kwargs=True)
+        get_blocks(model)[block].register_forward_pre_hook(own_mask(block), with_kwargs=True)
         for block in plan.kv.token_aware_blocks
         if not is_sliding(model, block)
     ]
@@ -67,7 +132,7 @@ def masked_blocks(model, plan, prompt_mask):
 @torch.no_grad()
 def masked_logits(model, plan, input_ids, attention_mask, prompt_tokens):
     """Logits of all tokens, shape (batch_size, tokens, vocab_size), with the plan's dropped tokens masked."""
-    with masked_blocks(model, plan, attention_mask[:, :prompt_tokens]):
+    with masked_blocks(model, plan, input_ids[:, :prompt_tokens], attention_mask[:, :prompt_tokens]):
         return model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -78,7 +143,8 @@ def masked_logits(model, plan, input_ids, attention_mask, prompt_tokens):
 
 def masked_generate(model, plan, prompt_mask, **generate_kwargs):
     """What `model.generate` returns with the plan's dropped tokens masked."""
-    with masked_blocks(model, plan, prompt_mask):
+    prompt_ids = generate_kwargs["input_ids"][:, : prompt_mask.shape[1]]
+    with masked_blocks(model, plan, prompt_ids, prompt_mask):
         return model.generate(use_cache=False, **generate_kwargs)
 
 

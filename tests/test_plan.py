@@ -43,7 +43,12 @@ class TestArtefact:
             "num_hidden_layers": 30,
             "prefill": {"removed_blocks": [13, 17], "merged_blocks": []},
             "decode": {"removed_blocks": [13, 16, 17], "merged_blocks": [[20, 21]]},
-            "kv": {"token_aware_blocks": [5, 6, 9], "first_tokens": 16, "last_tokens": 112},
+            "kv": {
+                "token_aware_blocks": [5, 6, 9],
+                "first_tokens": 16,
+                "last_tokens": 112,
+                "token_choice": "first_last",
+            },
             "provenance": {"seed": 42, "data": ["wikitext"], "objective": {"start": 0.5}},
         }
 
@@ -96,11 +101,16 @@ class TestKeys:
     @pytest.mark.parametrize("part", ["", "prefill", "decode", "kv"])
     def test_missing_keys_are_named(self, data, part):
         section = data[part] if part else data
-        for key in list(section):
+        for key in set(section) - {"token_choice"}:
             broken = copy.deepcopy(data)
             del (broken[part] if part else broken)[key]
             with pytest.raises(ValueError, match=f"{part or 'pruning plan'}: key '{key}' is missing"):
                 PruningPlan.from_dict(broken)
+
+    def test_plans_from_before_there_was_a_choice_of_tokens(self, plan, data):
+        del data["kv"]["token_choice"]
+        assert PruningPlan.from_dict(data) == plan
+        assert PruningPlan.from_dict(data).kv.token_choice == "first_last"
 
     @pytest.mark.parametrize("version", [2, 0, -1, "1", 1.5, None, True])
     def test_other_formats(self, data, version):
@@ -151,6 +161,9 @@ class TestKeys:
             ("kv.first_tokens", None),
             ("kv.last_tokens", 0),
             ("kv.last_tokens", "112"),
+            ("kv.token_choice", "h2o"),
+            ("kv.token_choice", None),
+            ("kv.token_choice", ["attention"]),
         ],
     )
     def test_wrong_values_are_named(self, data, key, value):
@@ -269,8 +282,28 @@ class TestDigest:
             replace(plan, kv=replace(plan.kv, token_aware_blocks=(5, 6))),
             replace(plan, kv=replace(plan.kv, first_tokens=15)),
             replace(plan, kv=replace(plan.kv, last_tokens=111)),
+            replace(plan, kv=replace(plan.kv, token_choice="attention")),
         ]
         assert len({plan.digest, *(other.digest for other in others)}) == len(others) + 1
+
+
+class TestTokenChoice:
+    def test_round_trip(self, plan):
+        by_attention = replace(plan, kv=replace(plan.kv, token_choice="attention"))
+        assert PruningPlan.from_dict(json.loads(json.dumps(by_attention.to_dict()))) == by_attention
+
+    @pytest.mark.parametrize(("last_tokens", "observed"), [(1, 1), (31, 31), (32, 32), (112, 32)])
+    def test_same_number_of_tokens(self, last_tokens, observed):
+        kv = KVPlan((5,), 16, last_tokens)
+        by_attention = replace(kv, token_choice="attention")
+        assert (kv.observed_tokens, by_attention.observed_tokens) == (0, observed)
+        assert kv.kept_tokens == by_attention.kept_tokens == 16 + last_tokens
+
+    def test_in_words(self):
+        assert KVPlan().to_text() == "the first 16 and the last 112 prompt tokens"
+        assert KVPlan(token_choice="attention").to_text() == (
+            "the last 32 prompt tokens and, per head, the 96 that these attend to most"
+        )
 
 
 class TestKVReduction:

@@ -18,6 +18,9 @@ from .shortened_config import check_attention_is_left, num_blocks, shortened_con
 # Parameters with a slice for every block (gemma3n, gemma4), by the end of their names: the dimension of the slices.
 _PACKED_PARAMETERS = {"embed_tokens_per_layer.weight": 1, "per_layer_model_projection.weight": 0}
 
+# What the argument is called by which an attention module gets the KV cache.
+CACHE_ARGUMENTS = frozenset({"past_key_values", "layer_past"})
+
 # Attributes that may differ between a block and its renumbered copy: in which a block knows its own number, and
 # whether it keeps KV entries for others (that some block does so for each that reuses them is checked by itself).
 _FREE_ATTRIBUTES = frozenset(
@@ -65,6 +68,25 @@ def get_blocks(model: nn.Module) -> nn.ModuleList:
 def get_decoder(model: nn.Module) -> nn.Module:
     """The module whose forward runs the decoder blocks (`LlamaModel` in a `LlamaForCausalLM`)."""
     return model.get_submodule(blocks_path(model).rpartition(".")[0])
+
+
+def get_attention(block: nn.Module) -> nn.Module:
+    """
+    The module of a block that writes into the KV cache and attends to what is there.
+
+    Raises:
+        `ValueError`: If there is none, or more than one.
+    """
+    takes_cache = {
+        name: module
+        for name, module in block.named_modules()
+        if name and not CACHE_ARGUMENTS.isdisjoint(inspect.signature(module.forward).parameters)
+    }
+    # Some attention modules are a wrapper around the one that does it.
+    innermost = [name for name in takes_cache if not any(other.startswith(name + ".") for other in takes_cache)]
+    if len(innermost) != 1:
+        raise ValueError(f"{type(block).__name__} has {len(innermost)} modules that take a KV cache, expected one")
+    return takes_cache[innermost[0]]
 
 
 def check_attends_by_mask(model: nn.Module) -> None:

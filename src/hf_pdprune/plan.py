@@ -18,6 +18,9 @@ from .version import __version__
 
 
 PLAN_FILE_NAME = "pruning_plan.json"
+TOKEN_CHOICES = ("first_last", "attention")
+# With the choice by attention: the queries that choose, SnapKV's observation window. They are kept, too.
+_MOST_OBSERVED_TOKENS = 32
 FORMAT_VERSION = 1
 _PLAN_KEYS = (
     "format_version",
@@ -101,29 +104,60 @@ class KVPlan:
     """
     Which KV entries of the prompt the decode stage receives.
 
+    A token-aware block hands over `first_tokens + last_tokens` real prompt tokens per KV head (a shorter prompt: all).
+    Which ones, `token_choice` says:
+
+    - `"first_last"`: the first `first_tokens` and the last `last_tokens`.
+    - `"attention"` (SnapKV, arXiv 2404.14469): the last `min(32, last_tokens)`, which are observed, and of those
+      before them the ones to which the observed tokens' queries attend most, each with the mean of its five
+      neighbours. Every block and KV head chooses for itself, so nothing but the bytes is the same. It costs prefill a
+      few percent, and pays where the stages are otherwise dense (dev/LOG.md, "Token choice at equal bytes").
+
     Args:
-        token_aware_blocks (`tuple[int, ...]`): Blocks that hand over only the window; all others hand over everything.
+        token_aware_blocks (`tuple[int, ...]`): Blocks that hand over only these; all others hand over everything.
         first_tokens (`int`, defaults to 16): Prompt tokens at the beginning that the window keeps.
         last_tokens (`int`, defaults to 112): Prompt tokens at the end that the window keeps.
+        token_choice (`str`, defaults to `"first_last"`): `"first_last"` or `"attention"`.
     """
 
     token_aware_blocks: tuple[int, ...] = ()
     first_tokens: int = 16
     last_tokens: int = 112
+    token_choice: str = "first_last"
+
+    @property
+    def kept_tokens(self) -> int:
+        """Prompt tokens that a token-aware block hands over of each row and KV head."""
+        return self.first_tokens + self.last_tokens
+
+    @property
+    def observed_tokens(self) -> int:
+        """Prompt tokens at the end whose queries choose, and that are kept; 0 where nothing is chosen by attention."""
+        return min(_MOST_OBSERVED_TOKENS, self.last_tokens) if self.token_choice == "attention" else 0
+
+    def to_text(self) -> str:
+        """The tokens that a token-aware block hands over, in words."""
+        if self.token_choice == "first_last":
+            return f"the first {self.first_tokens} and the last {self.last_tokens} prompt tokens"
+        chosen = self.kept_tokens - self.observed_tokens
+        return f"the last {self.observed_tokens} prompt tokens and, per head, the {chosen} that these attend to most"
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "token_aware_blocks": list(self.token_aware_blocks),
             "first_tokens": self.first_tokens,
             "last_tokens": self.last_tokens,
+            "token_choice": self.token_choice,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "KVPlan":
-        _check_keys(data, ("token_aware_blocks", "first_tokens", "last_tokens"), "kv")
+        if isinstance(data, dict):  # plans from before there was a choice
+            data = {"token_choice": "first_last", **data}
+        _check_keys(data, ("token_aware_blocks", "first_tokens", "last_tokens", "token_choice"), "kv")
         if not isinstance(data["token_aware_blocks"], list):
             raise ValueError(f"kv.token_aware_blocks must be a list, got {data['token_aware_blocks']!r}")
-        return cls(tuple(data["token_aware_blocks"]), data["first_tokens"], data["last_tokens"])
+        return cls(**{**data, "token_aware_blocks": tuple(data["token_aware_blocks"])})
 
     def checked(self, total: int) -> "KVPlan":
         for name in ("first_tokens", "last_tokens"):
@@ -132,6 +166,8 @@ class KVPlan:
                 raise ValueError(f"kv.{name} must be a whole number of tokens, got {value!r}")
         if self.last_tokens < 1:
             raise ValueError("kv.last_tokens must be at least 1: decode has to see the end of the prompt")
+        if self.token_choice not in TOKEN_CHOICES:
+            raise ValueError(f"kv.token_choice must be one of {', '.join(TOKEN_CHOICES)}, got {self.token_choice!r}")
         blocks = check_block_numbers(self.token_aware_blocks, total, "kv.token_aware_blocks")
         return replace(self, token_aware_blocks=blocks)
 
@@ -271,7 +307,7 @@ class PruningPlan:
             return 0
         if block not in self.kv.token_aware_blocks:
             return prompt_tokens
-        return min(prompt_tokens, self.kv.first_tokens + self.kv.last_tokens)
+        return min(prompt_tokens, self.kv.kept_tokens)
 
     def kv_reduction(self, prompt_tokens: int) -> dict[str, float]:
         """How many times fewer KV entries cross the wire: by `blocks`, by `tokens`, and their product `total`."""

@@ -13,12 +13,12 @@ from hf_pdprune.kv import KVPayload
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
-def pruned_plan(model):
+def pruned_plan(model, token_choice="first_last"):
     return PruningPlan.empty(
         model,
         prefill=StagePlan((1,)),
         decode=StagePlan((1, 4), ((2, 3),)),
-        kv=KVPlan((0, 2, 5), 2, 4),
+        kv=KVPlan((0, 2, 5), 2, 4, token_choice),
     )
 
 
@@ -42,7 +42,7 @@ def reference(model, plan, batch):
         for block in set(plan.decode.missing_blocks) - set(plan.prefill.missing_blocks):
             hook = get_blocks(model)[block].register_forward_hook(skip, with_kwargs=True)
             stack.callback(hook.remove)
-        stack.enter_context(masked_blocks(model, plan, batch["prompt_mask"]))
+        stack.enter_context(masked_blocks(model, plan, batch["prompt_ids"], batch["prompt_mask"]))
         stack.enter_context(bypass_blocks(model, plan.prefill.missing_blocks))
         logits = model(
             input_ids=torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
@@ -54,9 +54,10 @@ def reference(model, plan, batch):
 
 
 @torch.no_grad()
-def test_logits_of_every_architecture(tiny_model, architecture, batch):
+@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
+def test_logits_of_every_architecture(tiny_model, architecture, batch, token_choice):
     model = tiny_model(architecture, initializer_range=0.1)
-    plan = pruned_plan(model)
+    plan = pruned_plan(model, token_choice)
     actual, real = forward(model, plan, batch), batch["completion_mask"].bool()
     expected = reference(model, plan, batch)
     torch.testing.assert_close(actual[real], expected[real], atol=1e-5, rtol=0)
@@ -64,9 +65,10 @@ def test_logits_of_every_architecture(tiny_model, architecture, batch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_gradients_flow_through_the_hand_over(tiny_model, architecture, batch):
+@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
+def test_gradients_flow_through_the_hand_over(tiny_model, architecture, batch, token_choice):
     model = tiny_model(architecture, initializer_range=0.1)
-    plan, real = pruned_plan(model), batch["completion_mask"].bool()
+    plan, real = pruned_plan(model, token_choice), batch["completion_mask"].bool()
     weights = torch.randn(int(real.sum()), 256, generator=torch.Generator().manual_seed(0))
     gradients = []
     for logits in (forward(model, plan, batch), reference(model, plan, batch)):
@@ -121,11 +123,12 @@ def test_the_teacher_has_all_blocks_and_no_adapter(tiny_llama, batch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "mixtral"])
-def test_padding_changes_nothing(tiny_model, architecture, batch):
+def test_padding_changes_nothing(tiny_model, architecture, batch, token_choice):
     # Nor do the other rows: each by itself, without its padding, gives the same.
     model = tiny_model(architecture, initializer_range=0.1)
-    plan = pruned_plan(model)
+    plan = pruned_plan(model, token_choice)
     together, teacher = forward(model, plan, batch), dense_forward(model, batch)
     for row in range(4):
         alone = {}
@@ -156,9 +159,10 @@ def test_completions_of_one_token(tiny_llama, batch):
 
 
 @torch.no_grad()
-def test_exported_pair_and_wire(tiny_model, batch, exported):
+@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
+def test_exported_pair_and_wire(tiny_model, batch, exported, token_choice):
     model = tiny_model("llama")
-    plan = pruned_plan(model)
+    plan = pruned_plan(model, token_choice)
     views = forward(model, plan, batch)
     prefill = PrefillStage(exported(model, plan, "prefill"), plan)
     decode = DecodeStage(exported(model, plan, "decode"), plan)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from masked_reference import random_prompts
@@ -25,6 +27,15 @@ def next_logits(model, input_ids, mask):
 
 
 class TestCall:
+    def test_the_choice_of_tokens_changes_no_shape(self, tiny_llama, plan, prompts):
+        by_attention = replace(plan, kv=replace(plan.kv, token_choice="attention"))
+        ends, chosen = (PrefillStage(tiny_llama, p)(*prompts, do_sample=False) for p in (plan, by_attention))
+        assert (chosen.nbytes, chosen.plan_digest) == (ends.nbytes, by_attention.digest)
+        for block in ends.entries:
+            (keys, values), (other_keys, other_values) = ends.entries[block], chosen.entries[block]
+            assert (keys.shape, values.shape) == (other_keys.shape, other_values.shape)
+            assert torch.equal(keys, other_keys) == (block not in plan.kv.token_aware_blocks)
+
     def test_payload_holds_what_decode_needs(self, tiny_llama, plan, prompts):
         payload = PrefillStage(tiny_llama, plan)(*prompts)
         assert list(payload.entries) == [0, 2, 3, 5]
@@ -50,8 +61,10 @@ class TestCall:
         stage = PrefillStage(tiny_llama, plan)
         assert stage(input_ids).to_bytes() == stage(input_ids, mask).to_bytes()
 
+    @pytest.mark.parametrize("token_choice", ["first_last", "attention"])
     @pytest.mark.parametrize("chunk", [1, 5])
-    def test_prompt_in_chunks(self, tiny_llama, plan, prompts, chunk):
+    def test_prompt_in_chunks(self, tiny_llama, plan, prompts, chunk, token_choice):
+        plan = replace(plan, kv=replace(plan.kv, token_choice=token_choice))
         stage = PrefillStage(tiny_llama, plan)
         whole, chunked = stage(*prompts), stage(*prompts, prefill_chunk_size=chunk)
         assert torch.equal(whole.first_token, chunked.first_token)

@@ -5,6 +5,7 @@ from this: `python tests/invariant/test_every_way_of_calling_generate.py` prints
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from hf_pdprune.inference import DecodeStage, PrefillStage  # noqa: E402
 from hf_pdprune.kv import KVPayload, TokenAwareCache  # noqa: E402
-from hf_pdprune.plan import KVPlan, PruningPlan  # noqa: E402
+from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan  # noqa: E402
 
 
 pytestmark = pytest.mark.invariant
@@ -156,11 +157,12 @@ WAYS = {
 }
 
 
+@pytest.mark.parametrize("token_choice", TOKEN_CHOICES)
 @pytest.mark.parametrize("way", WAYS)
-def test_every_architecture(tiny_model, architecture, way):
+def test_every_architecture(tiny_model, architecture, way, token_choice):
     model = tiny_model(architecture, initializer_range=0.1)
     model.generation_config.eos_token_id = None  # random models would end here and there
-    WAYS[way](model, PruningPlan.empty(model, kv=KV))
+    WAYS[way](model, PruningPlan.empty(model, kv=replace(KV, token_choice=token_choice)))
 
 
 def table():

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from masked_reference import cached_logits, is_sliding, masked_logits, random_prompts, with_completion
@@ -29,6 +31,7 @@ WINDOWS = {
     "window as long as the prompt": KVPlan((0, 2, 5), 8, 8),
     "window longer than the prompt": KVPlan((0, 2, 5), 16, 112),
 }
+CHOICES = ["first_last", "attention"]
 
 
 def check(model, kv, lengths, sizes, tells_length):
@@ -56,23 +59,29 @@ def with_attention(tiny_model, architecture, attention):
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_every_architecture(tiny_model, architecture, attention, way):
+def test_every_architecture(tiny_model, architecture, attention, choice, way):
     model = with_attention(tiny_model, architecture, attention)
-    check(model, KVPlan((0, 1, 3, 5), 2, 4), LENGTHS, *WAYS[way])
+    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice), LENGTHS, *WAYS[way])
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [PROMPT_TOKENS], [PROMPT_TOKENS] * 3], ids=["padded", "one", "equal"])
 @pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-def test_every_window(tiny_model, architecture, window, lengths):
+def test_every_window(tiny_model, architecture, choice, window, lengths):
     model = with_attention(tiny_model, architecture, "eager")
-    check(model, WINDOWS[window], lengths, *WAYS["several tokens per forward"])
+    kv = replace(WINDOWS[window], token_choice=choice)
+    if choice == "attention" and window == "last block":
+        kv = replace(kv, first_tokens=3)  # where there are four tokens to choose from, two have the same neighbours
+    check(model, kv, lengths, *WAYS["several tokens per forward"])
 
 
 @pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_without_padding(tiny_model, attention, way):
+def test_without_padding(tiny_model, attention, choice, way):
     # sdpa gets no mask at all here where it can do without.
     model = with_attention(tiny_model, "llama", attention)
-    check(model, KVPlan((0, 1, 3, 5), 2, 4), [PROMPT_TOKENS] * 2, *WAYS[way])
+    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice), [PROMPT_TOKENS] * 2, *WAYS[way])

@@ -1,5 +1,6 @@
 import copy
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.kv import TokenAwareCache
-from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan, StagePlan
 
 
 KV = KVPlan((0, 1, 3, 5), first_tokens=2, last_tokens=4)
@@ -30,9 +31,9 @@ def model(request, tiny_model):
     return model
 
 
-@pytest.fixture
-def plan(model):
-    return PruningPlan.empty(model, kv=KV)
+@pytest.fixture(params=TOKEN_CHOICES)
+def plan(request, model):
+    return PruningPlan.empty(model, kv=replace(KV, token_choice=request.param))
 
 
 @pytest.fixture
@@ -239,6 +240,24 @@ class TestCrop:
         with pytest.raises(ValueError, match=r"cannot crop 7 of 22 tokens.*prompt \(16 tokens\)"):
             cache.crop(-7)
 
+    @pytest.mark.parametrize("read", [11, 13, 16])
+    def test_of_a_prompt_that_is_observed(self, llama, read):
+        # The last four tokens are observed, and what they attended to is not taken back.
+        plan = PruningPlan.empty(llama, kv=replace(KV, token_choice="attention"))
+        input_ids, mask = with_completion(*random_prompts([16, 9]), 4)
+        cache = TokenAwareCache(plan, llama, prompt_tokens=16)
+        cached_logits(llama, cache, input_ids, mask, [read])
+        before = states_of(cache)
+        if read > 12:
+            with pytest.raises(ValueError, match=f"cannot crop 2 of {read} tokens"):
+                cache.crop(-2)
+            assert_same_states(before, states_of(cache))
+        else:
+            cache.crop(-2)
+        actual = cached_logits(llama, cache, input_ids, mask, [20 - cache.get_seq_length()])[:, -4:]
+        expected = masked_logits(llama, plan, input_ids, mask, 16)[:, -4:]
+        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
+
     def test_where_another_block_cannot_be_cropped_nothing_changes(self, tiny_model):
         # Sliding windows do not record their past outside of assisted decoding, and say so; here they come last.
         model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3)
@@ -348,7 +367,8 @@ class TestLifetime:
         cache, *_ = filled_cache(plan, model, *random_prompts([16, 3]), completion_tokens=2)
         cache.reset()
         assert (cache.get_seq_length(), cache.nbytes, cache.batch_rows) == (0, 0, 0)
-        input_ids, mask = with_completion(*random_prompts([7, 11, 4], seed=4), 5)
+        # Not 7: its three tokens before the observed ones would all have the same neighbours, and attention no choice.
+        input_ids, mask = with_completion(*random_prompts([8, 11, 4], seed=4), 5)
         real = mask.bool()
         actual = cached_logits(model, cache, input_ids, mask, [11, 2, 3])
         expected = masked_logits(model, plan, input_ids, mask, 11)
@@ -364,6 +384,68 @@ class TestLifetime:
             expected = masked_logits(model, plan, input_ids, mask, 16)[:, 16:]
             torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
             assert cache.get_seq_length() == 16
+
+
+class TestObservedPrompt:
+    """Tokens that are chosen by attention."""
+
+    KV = replace(KV, token_choice="attention")
+
+    def test_the_prompt_is_read_as_ever(self, model):
+        # Not only within a tolerance: nothing of the model is changed for it.
+        plan, ends = (PruningPlan.empty(model, kv=kv) for kv in (self.KV, KV))
+        logits = [
+            cached_logits(model, TokenAwareCache(p, model), *random_prompts([16, 9]), [16]) for p in (plan, ends)
+        ]
+        assert torch.equal(*logits)
+
+    def test_rows_between_chunks(self, llama):
+        plan = PruningPlan.empty(llama, kv=self.KV)
+        input_ids, mask = with_completion(*random_prompts([16, 9, 12]), 4)
+        rows = torch.tensor([2, 0])
+        cache = TokenAwareCache(plan, llama, prompt_tokens=16)
+        cached_logits(llama, cache, input_ids, mask, [14])
+        cache.batch_select_indices(rows)
+        actual = cached_logits(llama, cache, input_ids[rows], mask[rows], [2, 4])[:, 2:]
+        expected = masked_logits(llama, plan, input_ids[rows], mask[rows], 16)[:, 16:]
+        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
+
+    @pytest.mark.parametrize("sizes", [[10, 5], [4, 6, 5], [12, 3], [1] * 15], ids=str)
+    def test_rows_that_are_all_padded_and_kept_whole(self, llama, sizes):
+        # What is dropped is padding, and the block forgets it when the others forget tokens.
+        plan = PruningPlan.empty(llama, kv=replace(KV, first_tokens=6, token_choice="attention"))
+        input_ids, mask = (torch.nn.functional.pad(t, (6, 0)) for t in random_prompts([4, 3]))
+        input_ids, mask = with_completion(input_ids, mask, 5)
+        cache = TokenAwareCache(plan, llama, prompt_tokens=10)
+        actual = cached_logits(llama, cache, input_ids, mask, sizes)
+        real = mask.bool()
+        expected = masked_logits(llama, plan, input_ids, mask, 10)
+        torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
+        assert [layer.keys.shape[-2] for layer in cache.token_aware_layers] == [4 + 5] * 4
+
+    def test_right_padding_is_refused(self, llama):
+        input_ids, mask = random_prompts([16, 9])
+        with TokenAwareCache(PruningPlan.empty(llama, kv=self.KV), llama) as cache:
+            with pytest.raises(ValueError, match="padded on the left"):
+                llama(input_ids=input_ids, attention_mask=mask.flip(1), past_key_values=cache)
+
+    def test_no_attention_is_held_where_nothing_is_dropped(self, llama):
+        plan = PruningPlan.empty(llama, kv=replace(self.KV, first_tokens=8))
+        cache = TokenAwareCache(plan, llama, prompt_tokens=12)
+        for size in (10, 2):
+            cached_logits(llama, cache, *random_prompts([12, 5]), [size])
+            assert all(layer.attention is None and layer.columns is None for layer in cache.token_aware_layers)
+        cache.crop(-6)
+        assert cache.get_seq_length() == 6
+
+    def test_attention_that_cannot_be_observed_is_refused_at_construction(self, llama, monkeypatch):
+        def forward(self, hidden_states, rotations, attention_mask=None, past_key_values=None):
+            pass
+
+        monkeypatch.setattr(type(llama.model.layers[0].self_attn), "forward", forward)
+        with pytest.raises(ValueError, match=r"\(rotations\); choose them by token_choice first_last"):
+            TokenAwareCache(PruningPlan.empty(llama, kv=self.KV), llama)
+        assert hooks_of(llama) == 0
 
 
 class TestMemory:

@@ -20,6 +20,21 @@ def test_observed_keeps_neighbours_together():
     assert observed(attention, 2, 32).tolist() == [[[18, 19]]]
 
 
+def test_what_the_last_tokens_get_of_each_other_does_not_spill_over():
+    attention = torch.zeros(1, 1, 10)
+    attention[..., 2], attention[..., 8:] = 0.1, 9.0
+    assert observed(attention, 3, 2, kernel=3).tolist() == [[[1, 8, 9]]]
+
+
+def test_padding_is_kept_last_and_in_every_head_alike():
+    attention = torch.rand(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0] * 5 + [1] * 3, [0] * 2 + [1] * 6, [1] * 8])
+    short, enough, whole = observed(attention * mask[:, None], 5, 2, mask).tolist()
+    assert short == [[0, 1, 5, 6, 7]] * 2
+    assert all(len(set(head) & {0, 1}) == 0 for head in enough)
+    assert enough[0][-2:] == whole[1][-2:] == [6, 7]
+
+
 @pytest.mark.parametrize("kept", [0, 9])
 def test_impossible_numbers(kept):
     with pytest.raises(ValueError, match=f"{kept} of 8 tokens"):
@@ -44,7 +59,7 @@ def test_attention_is_recorded_and_the_model_restored(tiny_model, architecture):
     with bypass_blocks(model, (2,)), attention.recording(model, heads):
         output = model(ids, output_attentions=True)
     assert model.config._attn_implementation == implementation
-    assert sorted(attention.recent) == [0, 1, 3, 4, 5]
+    assert sorted(attention.accumulated) == [0, 1, 3, 4, 5]
     weights = output.attentions[0].unflatten(1, (heads, -1)).mean(dim=2)
     torch.testing.assert_close(attention.recent[0], weights[:, :, -1])
     torch.testing.assert_close(attention.accumulated[0], weights.sum(dim=2))

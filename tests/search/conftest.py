@@ -3,7 +3,7 @@ import random
 import pytest
 import torch
 
-from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan, StagePlan
 from hf_pdprune.search import BlockStatistics, Calibration
 
 
@@ -45,7 +45,7 @@ def random_plan():
         decode = rng.sample(range(total), rng.randint(0, total - 2))
         prefill = [block for block in decode if rng.random() < 0.5]
         blocks = tuple(block for block in range(total) if token_aware and rng.random() < 0.5)
-        kv = KVPlan(blocks, first_tokens=rng.randint(0, 3), last_tokens=rng.randint(1, 6))
+        kv = KVPlan(blocks, rng.randint(0, 3), rng.randint(1, 6), rng.choice(TOKEN_CHOICES))
         return PruningPlan.empty(model, prefill=StagePlan(tuple(prefill)), decode=StagePlan(tuple(decode)), kv=kv)
 
     return make

@@ -2,6 +2,7 @@ from dataclasses import fields
 
 import pytest
 
+from hf_pdprune.plan import KVPlan
 from hf_pdprune.search import SearchConfig
 
 
@@ -32,6 +33,7 @@ from hf_pdprune.search import SearchConfig
         ({"target_kv_reduction": 0.5}, "target_kv_reduction"),
         ({"token_aware_criterion": "magic"}, "token_aware_criterion must be one of kl"),
         ({"last_tokens": 0}, "last_tokens"),
+        ({"token_choice": "h2o"}, "token_choice must be one of first_last, attention"),
     ],
 )
 def test_bad_values_are_named(values, message):
@@ -51,3 +53,7 @@ def test_every_option_is_documented():
     for option in fields(SearchConfig):
         assert option.metadata["help"].endswith(".")
         assert f"        {option.name} (" in SearchConfig.__doc__
+
+
+def test_tokens_are_chosen_as_by_the_plan_itself():
+    assert SearchConfig().token_choice == KVPlan().token_choice == "first_last"

@@ -54,6 +54,12 @@ def test_every_strategy_gives_a_plan_with_its_provenance(setup, tmp_path, strate
     assert provenance["cost"]["blocks"]["evaluations"] > 0
 
 
+@pytest.mark.parametrize("choice", ["first_last", "attention"])
+def test_the_plan_keeps_the_choice_of_tokens_that_was_searched_with(setup, choice):
+    plan = search_plan(*setup, config(strategy="one_shot", token_choice=choice))
+    assert plan.kv.token_choice == choice
+
+
 def test_annealing_is_never_worse_than_greedy(setup):
     energies = {}
     for strategy in ("greedy", "annealing"):

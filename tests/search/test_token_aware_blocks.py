@@ -22,22 +22,26 @@ def test_as_many_blocks_as_wanted_and_none_that_decode_lacks(tiny_llama, calibra
     assert (chosen.kv.first_tokens, chosen.kv.last_tokens) == (1, 4)
 
 
+@pytest.mark.parametrize("choice", ["first_last", "attention"])
 @pytest.mark.parametrize("count", [2, 4])
-def test_they_are_those_that_cost_least(tiny_llama, calibration, count):
+def test_they_are_those_that_cost_least(tiny_llama, calibration, count, choice):
     objective = objective_of(tiny_llama, calibration)
-    config = SearchConfig(num_token_aware_blocks=count, first_tokens=1, last_tokens=4)
-    plans = [replace(objective.dense_plan, kv=KVPlan(blocks, 1, 4)) for blocks in combinations(range(6), count)]
+    config = SearchConfig(num_token_aware_blocks=count, first_tokens=1, last_tokens=4, token_choice=choice)
+    kv_plans = [KVPlan(blocks, 1, 4, choice) for blocks in combinations(range(6), count)]
+    plans = [replace(objective.dense_plan, kv=kv) for kv in kv_plans]
     chosen = TokenAwareBlocks(objective, config).choose(objective.dense_plan)
     greedy = TokenAwareBlocks(objective, replace(config, refine_token_aware_blocks=False)).choose(objective.dense_plan)
     energies = sorted(objective.energy(plan) for plan in plans)
     assert objective.energy(chosen) <= objective.energy(greedy)
     assert objective.energy(chosen) <= energies[2]
+    assert chosen.kv.token_choice == choice
 
 
-def test_prefill_is_never_run_again(tiny_llama, calibration):
+@pytest.mark.parametrize("choice", ["first_last", "attention"])
+def test_prefill_is_never_run_again(tiny_llama, calibration, choice):
     objective = objective_of(tiny_llama, calibration)
     objective.accept(objective.dense_plan)
-    config = SearchConfig(num_token_aware_blocks=3, first_tokens=1, last_tokens=4)
+    config = SearchConfig(num_token_aware_blocks=3, first_tokens=1, last_tokens=4, token_choice=choice)
     TokenAwareBlocks(objective, config).choose(objective.dense_plan)
     decode_tokens = sum(int(b["completion_mask"][:, :-1].sum()) for b in objective.calibration.batches)
     assert objective.cost.block_tokens <= objective.cost.evaluations * 6 * decode_tokens
@@ -81,3 +85,16 @@ def test_baselines_choose_without_measuring_kl(tiny_llama, calibration, criterio
     if criterion == "attention_mass":
         shares = AttentionMass.measure(tiny_llama, objective.calibration, 1, 4).shares
         assert max(shares[b] for b in chosen.kv.token_aware_blocks) <= sorted(shares)[2]
+
+
+def test_attention_that_cannot_be_observed_is_refused_before_anything_is_spent(tiny_llama, calibration, monkeypatch):
+    objective = objective_of(tiny_llama, calibration)
+    attention = type(tiny_llama.model.layers[0].self_attn)
+
+    def forward(self, hidden_states, rotations, attention_mask=None, past_key_values=None):
+        pass
+
+    monkeypatch.setattr(attention, "forward", forward)
+    TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="first_last"))
+    with pytest.raises(ValueError, match=r"LlamaAttention takes arguments .* \(rotations\).*first_last"):
+        TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="attention"))

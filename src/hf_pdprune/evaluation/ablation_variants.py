@@ -42,7 +42,7 @@ class AblationVariants:
             sizes (`Sequence[tuple[int, int]]`): First and last prompt tokens that are kept.
         """
         for first, last in sizes:
-            kv = KVPlan(self.plan.kv.token_aware_blocks, first, last)
+            kv = replace(self.plan.kv, first_tokens=first, last_tokens=last)
             yield f"window {first} + {last}", replace(self.plan, kv=kv)
 
     def with_blocks(self, other: PruningPlan) -> PruningPlan:

@@ -103,11 +103,10 @@ def _kv_colors(plan: PruningPlan) -> list[str]:
 def _legend_handles(plan: PruningPlan) -> list:
     from matplotlib.patches import Patch
 
-    first, last = plan.kv.first_tokens, plan.kv.last_tokens
     labels = {_KEPT: "kept / KV of all prompt tokens", _REMOVED: "removed"}
     if plan.prefill.merged_blocks or plan.decode.merged_blocks:
         labels[_MERGED] = "merged into its neighbour"
     if plan.kv.token_aware_blocks:
-        labels[_WINDOW] = f"token-aware: KV of first {first} and last {last} prompt tokens"
+        labels[_WINDOW] = f"token-aware: KV of {plan.kv.to_text()}"
     labels[_NONE] = "no KV"
     return [Patch(facecolor=color, edgecolor="#9aa5b1", label=label) for color, label in labels.items()]

@@ -115,7 +115,7 @@ def report_text(
         lines += [
             f"Perplexity and KL (nats) are per completion token{f', over {tokens:,} tokens' if tokens else ''} of "
             "held-out text, through the hand-over as it is deployed. With the token-aware cache, token-aware blocks "
-            "hand over the first and the last prompt tokens only; where all tokens are handed over, the cost is that "
+            "hand over only some of the prompt's tokens; where all tokens are handed over, the cost is that "
             "of the missing blocks alone.",
             "",
         ]
@@ -220,8 +220,7 @@ def _plan_table(plan: PruningPlan) -> list[str]:
         lines.append(f"| {title} | {' | '.join(cells)} |")
     kept = [f"{len(plan.kept_blocks(stage))} of {plan.num_hidden_layers}" for stage in ("prefill", "decode")]
     lines.append(f"| blocks left | {' | '.join(kept)} |")
-    window = f"first {kv.first_tokens} and last {kv.last_tokens} tokens"
-    return [*lines, "", f"Token-aware blocks ({window}): {numbers(token_aware)}"]
+    return [*lines, "", f"Token-aware blocks ({kv.to_text()}): {numbers(token_aware)}"]
 
 
 def _mapping_section(title: str, mapping: Mapping[str, Any]) -> list[str]:

@@ -75,6 +75,7 @@ class Run:
         if plan is not None and plan.kv.token_aware_blocks:
             blocks = set(plan.kv.token_aware_blocks) - set(plan.decode.missing_blocks)
             window = f"{len(blocks)} blocks, {plan.kv.first_tokens} + {plan.kv.last_tokens}"
+            window += " by attention" if plan.kv.token_choice == "attention" else ""
         return [
             self.name,
             "" if plan is None else numbers(plan.prefill.missing_blocks),

@@ -1,6 +1,5 @@
-"""ForwardHooks: fits the one attention mask that transformers makes to what each token-aware block holds."""
+"""ForwardHooks: what a cache does to a model's forward, so that token-aware blocks see what they hold."""
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,9 @@ from torch import nn
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..blocks import get_blocks, get_decoder
+from .attention_replay import AttentionReplay
+from .call_arguments import CallArguments
+from .observed_attention import observed_attention, visible_keys
 
 
 if TYPE_CHECKING:
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 class ForwardHooks:
     """
     The forward hooks of one cache on a model: on the decoder, and on each token-aware block. They act in forwards with
-    this cache only.
+    this cache only. They fit the one attention mask that transformers makes to what each block holds; where tokens are
+    chosen by attention, they observe the queries at the prompt's end and have the layer drop the others.
 
     Args:
         cache ([`TokenAwareCache`]): The cache; the hooks go when it goes.
@@ -32,19 +35,29 @@ class ForwardHooks:
         self.model = model
         self.is_active = False  # whether a forward with this cache is running
         self.first_query, self.queries = 0, 0  # its first token's position, and how many tokens it reads
+        self.padding_mask: torch.Tensor | None = None  # (rows, seen tokens + new ones), 0 for padding
         self.mask: tuple[torch.Tensor | None, torch.Tensor] | None = None  # its mask, and what became of it
         decoder, blocks = get_decoder(model), get_blocks(model)
+        token_aware = {index: cache.layers[index] for index in cache.token_aware_indices}
+        # Made before any hook is registered, since this may raise.
+        replays = {
+            index: AttentionReplay(blocks[index]) for index in token_aware if token_aware[index].observed_tokens
+        }
         handles = [
             decoder.register_forward_pre_hook(self._begin_forward(decoder), with_kwargs=True),
             decoder.register_forward_hook(self._end_forward, always_call=True),
         ]
-        for index in cache.token_aware_indices:
-            hook = self._fit_mask(blocks[index], cache.layers[index])
-            handles.append(blocks[index].register_forward_pre_hook(hook, with_kwargs=True))
+        for index, layer in token_aware.items():
+            block = blocks[index]
+            handles.append(block.register_forward_pre_hook(self._fit_mask(block, layer), with_kwargs=True))
+            if index in replays:
+                observe = self._observe(replays[index], layer)
+                handles.append(replays[index].module.register_forward_hook(observe, with_kwargs=True))
+                handles.append(block.register_forward_hook(self._shorten(layer)))
         self.remove = weakref.finalize(cache, _remove_all, handles)
 
     def _begin_forward(self, decoder: nn.Module) -> Callable:
-        arguments = _Arguments(decoder)
+        arguments = CallArguments(decoder)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             cache = self.cache()
@@ -59,17 +72,18 @@ class ForwardHooks:
                     if value is not None:
                         args, kwargs = arguments.replaced(cut, value[:, -new_tokens:], args, kwargs)
             self.first_query, self.queries = cache.get_seq_length(), new_tokens
-            cache.begin_forward(rows, new_tokens, arguments.get("attention_mask", args, kwargs))
+            self.padding_mask = arguments.get("attention_mask", args, kwargs)
+            cache.begin_forward(rows, new_tokens, self.padding_mask)
             self.is_active = True
             return args, kwargs
 
         return hook
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.is_active, self.mask = False, None
+        self.is_active, self.mask, self.padding_mask = False, None, None
 
     def _fit_mask(self, block: nn.Module, layer: "TokenAwareLayer") -> Callable:
-        arguments = _Arguments(block)
+        arguments = CallArguments(block)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             if not self.is_active or layer.window is None:
@@ -86,33 +100,57 @@ class ForwardHooks:
     def _fitted(self, mask: torch.Tensor | None, layer: "TokenAwareLayer") -> torch.Tensor | None:
         if layer.is_shortened:
             return layer.window.select_mask(mask)
-        if self.first_query + self.queries <= layer.window.prompt_tokens:
+        if self.first_query + self.queries <= layer.window.prompt_tokens or layer.observed_tokens:
             return mask
         # This forward goes on after the prompt's end: what the block will drop is still there and has to be hidden.
         if is_flash_attention_requested(self.model.config):
             raise ValueError("with flash attention, a forward has to end where the prompt ends")
         return layer.window.hide_dropped(mask, self.first_query, self.queries)
 
+    def _observe(self, replay: AttentionReplay, layer: "TokenAwareLayer") -> Callable:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
+            cache = self.cache()
+            prompt_tokens, padding_mask = cache.prompt_tokens, self.padding_mask
+            # So short a prompt loses at most padding, and that the window says.
+            if not self.is_active or layer.is_shortened or prompt_tokens <= cache.plan.kv.kept_tokens:
+                return None
+            attention = observed_attention(
+                replay,
+                args,
+                kwargs,
+                layer.keys,
+                layer.values,
+                padding_mask,
+                self.first_query,
+                prompt_tokens,
+                layer.observed_tokens,
+            )
+            layer.observe(attention)
+            if not cache.prompt_is_complete:
+                return None
+            layer.choose(None if padding_mask is None else padding_mask[:, :prompt_tokens])
+            since = self.first_query + self.queries - prompt_tokens
+            if since == 0:
+                return None
+            # This forward goes on after the prompt's end, and these queries have seen what is dropped only now.
+            keys, values = layer.select(layer.keys), layer.select(layer.values)
+            real = None if padding_mask is None else layer.window.select_mask(padding_mask).bool()
+            visible = visible_keys(real, keys.shape[-2], since, keys.device)
+            tokens = slice(self.queries - since, self.queries)
+            seen_again, _ = replay(args, kwargs, tokens, prompt_tokens, keys, values, visible)
+            return (torch.cat([output[0][:, : tokens.start], seen_again], dim=1), *output[1:])
+
+        return hook
+
+    def _shorten(self, layer: "TokenAwareLayer") -> Callable:
+        # Not in the attention module's hook: a block that is computed again in the backward pass does not drop again.
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            if self.is_active and layer.window is not None and not layer.is_shortened:
+                layer.shorten()
+
+        return hook
+
 
 def _remove_all(handles: list) -> None:
     for handle in handles:
         handle.remove()
-
-
-class _Arguments:
-    """Reads and replaces an argument of a module's forward by name, however it was passed."""
-
-    def __init__(self, module: nn.Module):
-        self.index = {name: index for index, name in enumerate(inspect.signature(module.forward).parameters)}
-
-    def get(self, name: str, args: tuple, kwargs: dict) -> Any:
-        if name in kwargs:
-            return kwargs[name]
-        index = self.index.get(name, len(args))
-        return args[index] if index < len(args) else None
-
-    def replaced(self, name: str, value: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if name in kwargs or self.index[name] >= len(args):
-            return args, {**kwargs, name: value}
-        index = self.index[name]
-        return (*args[:index], value, *args[index + 1 :]), kwargs

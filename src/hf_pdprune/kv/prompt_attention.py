@@ -1,4 +1,4 @@
-"""PromptAttention: where the prompt's queries look, per block and KV head, recorded during prefill."""
+"""PromptAttention: where the prompt's queries look, per block and KV head, recorded during an eager prefill."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,7 +12,8 @@ from ..blocks import get_blocks
 
 class PromptAttention:
     """
-    The attention that each prompt token gets in each block, for choices of tokens that go by it (H2O, SnapKV).
+    The attention that each prompt token gets in each block: of all queries, which H2O chooses by, and of the last ones
+    (SnapKV). For baselines; the plan's own choice needs no eager prefill, see [`observed_attention`].
 
     Args:
         recent_queries (`int`, defaults to 32): Queries at the prompt's end of which `recent` is the mean.
@@ -44,7 +45,7 @@ class PromptAttention:
                 yield
         finally:
             model.set_attn_implementation(previous)
-        if not self.recent:
+        if not self.accumulated:
             raise ValueError(f"{type(model).__name__} does not show its attention weights")
 
     def _hook(self, index: int, num_key_value_heads: int) -> Any:

@@ -1,4 +1,4 @@
-"""TokenAwareCache: after the prompt, token-aware blocks hold the KV of its first and last tokens only."""
+"""TokenAwareCache: after the prompt, token-aware blocks hold the KV of a few of its tokens only."""
 
 import copy
 from collections.abc import Sequence
@@ -23,8 +23,11 @@ class TokenAwareCache(Cache):
     """
     A cache for `model.generate(..., past_key_values=cache)` (arXiv 2509.04467, token-aware cache). While the prompt is
     read every block attends to all of it. Afterwards the plan's token-aware blocks physically hold only the KV of the
-    first and the last real prompt tokens (padding does not count, shorter prompts keep all), and of everything since.
-    The result is that of a full cache in which those blocks' dropped positions are masked.
+    real prompt tokens that the plan keeps (see [`KVPlan`]; padding does not count, shorter prompts keep all), and of
+    everything since. The result is that of a full cache in which those blocks' dropped positions are masked.
+
+    Where tokens are chosen by attention, each of these blocks attends once more, eagerly, for the few queries at the
+    prompt's end (see [`AttentionReplay`]); the model's own attention implementation does everything else.
 
     transformers makes one attention mask for all full-attention blocks, as long as the logical length. Forward
     pre-hooks on the token-aware blocks pick the mask's columns that the block still holds. They act for this cache
@@ -42,7 +45,8 @@ class TokenAwareCache(Cache):
 
     Raises:
         `ValueError`: If the model is not one of the plan, if a block keeps anything but one KV entry per token (linear
-        attention, state space, shared KV), or if its attention depends on dropped tokens otherwise (ALiBi).
+        attention, state space, shared KV), if its attention depends on dropped tokens otherwise (ALiBi), or if tokens
+        are to be chosen by attention that cannot be observed.
     """
 
     def __init__(
@@ -70,7 +74,7 @@ class TokenAwareCache(Cache):
             # A sliding window is bounded already: left as it is.
             if kind is DynamicLayer:
                 token_aware = self.blocks[index] in plan.kv.token_aware_blocks
-                self.layers[index] = TokenAwareLayer() if token_aware else ReservedLayer()
+                self.layers[index] = TokenAwareLayer(plan.kv.observed_tokens) if token_aware else ReservedLayer()
         if self.token_aware_layers:
             check_attends_by_mask(model)
         self._hooks = ForwardHooks(self, model)
@@ -146,10 +150,13 @@ class TokenAwareCache(Cache):
 
     def complete_prompt(self, padding_mask: torch.Tensor | None) -> PromptWindow | None:
         """Fixes the window of the prompt. `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
-        self.prompt_is_complete = True
         if padding_mask is not None:
             padding_mask = padding_mask[:, : self.prompt_tokens]
         kv = self.plan.kv
+        padded = kv.observed_tokens > 0 and padding_mask is not None
+        if padded and bool((padding_mask.bool().int().diff(dim=-1) < 0).any()):
+            raise ValueError("tokens are chosen by attention of the prompt's end: prompts must be padded on the left")
+        self.prompt_is_complete = True
         window = PromptWindow.of_prompt(self.prompt_tokens, padding_mask, kv.first_tokens, kv.last_tokens)
         for layer in self.token_aware_layers:
             layer.window = window
@@ -211,6 +218,9 @@ class TokenAwareCache(Cache):
             window = layers[0].window.index_rows(rows)
             for layer in layers:
                 layer.window = window
+        for layer in layers:
+            if layer.attention is not None:
+                layer.attention = layer.attention[rows.to(layer.attention.device)]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)

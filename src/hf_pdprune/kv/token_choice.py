@@ -1,4 +1,4 @@
-"""Token choice by attention: H2O and SnapKV, to compare the plan's window with at equal bytes. Pure tensor maths."""
+"""Token choice by attention: which prompt tokens each KV head keeps (SnapKV, H2O). Pure tensor maths."""
 
 import torch
 
@@ -18,19 +18,38 @@ def heavy_hitters(attention: torch.Tensor, kept_tokens: int) -> torch.LongTensor
     return _best_and_last(attention, kept_tokens, kept_tokens // 2)
 
 
-def observed(attention: torch.Tensor, kept_tokens: int, last_tokens: int, kernel: int = 5) -> torch.LongTensor:
+def observed(
+    attention: torch.Tensor,
+    kept_tokens: int,
+    last_tokens: int,
+    padding_mask: torch.Tensor | None = None,
+    kernel: int = 5,
+) -> torch.LongTensor:
     """
-    SnapKV (arXiv 2404.14469, section 4): the last tokens, and those with most attention of the last tokens' queries,
-    each with the mean of its neighbours, so that what belongs together stays together.
+    SnapKV (arXiv 2404.14469, section 4): the last tokens, and of those before them the ones with most attention of the
+    last tokens' queries, each with the mean of its neighbours, so that what belongs together stays together.
 
     Args:
-        attention (`torch.Tensor`): Mean over the last queries, shape `(batch_size, num_heads, prompt_tokens)`.
+        attention (`torch.Tensor`): Sum or mean over the last queries, shape `(batch_size, num_heads, prompt_tokens)`.
         kept_tokens (`int`): How many are kept of each head.
         last_tokens (`int`): How many of them are the last ones: the observation window.
+        padding_mask (`torch.Tensor`, *optional*): Shape `(batch_size, prompt_tokens)`, 0 for padding. A row with fewer
+            real tokens keeps all of them, and in every head the same columns of its padding.
         kernel (`int`, defaults to 5): Neighbours in the mean, odd.
+
+    Returns:
+        `torch.LongTensor`: Kept columns, rising, of shape `(batch_size, num_heads, kept_tokens)`.
     """
-    pooled = torch.nn.functional.avg_pool1d(attention, kernel, stride=1, padding=kernel // 2)
-    return _best_and_last(pooled, kept_tokens, min(last_tokens, kept_tokens))
+    last_tokens = min(last_tokens, kept_tokens)
+    earlier = attention.shape[-1] - last_tokens
+    scores = attention.float()
+    # The last tokens are kept anyway: what they get of each other must not spill over to their neighbours.
+    pooled = torch.nn.functional.avg_pool1d(scores[..., :earlier], kernel, stride=1, padding=kernel // 2)
+    if padding_mask is not None:
+        padding = ~padding_mask[:, None, :earlier].bool()
+        below_all = -1.0 - torch.arange(earlier, device=scores.device)
+        pooled = torch.where(padding.to(scores.device), below_all, pooled)
+    return _best_and_last(torch.cat([pooled, scores[..., earlier:]], dim=-1), kept_tokens, last_tokens)
 
 
 def _best_and_last(scores: torch.Tensor, kept_tokens: int, last_tokens: int) -> torch.LongTensor:

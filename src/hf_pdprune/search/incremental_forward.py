@@ -18,6 +18,8 @@ from ..fingerprint import model_fingerprint
 from ..inference import DecodeStage
 from ..inference.stage import position_ids
 from ..kv import KVPayload, PromptWindow
+from ..kv.observed_attention import observing
+from ..kv.token_choice import observed, select_per_head
 from ..plan import PruningPlan, StagePlan
 from .calibration import Calibration, CalibrationBatch
 from .merged_pairs import MergedPairs
@@ -39,6 +41,8 @@ class BatchState:
             `(batch_size, prompt_tokens, hidden_size)`.
         entries (`dict[int, tuple[torch.Tensor, torch.Tensor]]`): Keys and values of the whole prompt for all blocks
             that prefill runs, shape `(batch_size, num_key_value_heads, prompt_tokens, head_dim)`.
+        attention (`dict[int, torch.Tensor]`): Where the plan chooses tokens by attention, what the prompts' last
+            queries attend to in these blocks, shape `(batch_size, num_key_value_heads, prompt_tokens)`.
         kl_of_first (`float`): Sum of the KL of the first completion tokens.
         decode_inputs (`dict[int, torch.Tensor]`): Decode's hidden states before blocks.
     """
@@ -46,6 +50,7 @@ class BatchState:
     plan: PruningPlan
     prefill_inputs: dict[int, torch.Tensor]
     entries: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    attention: dict[int, torch.Tensor]
     kl_of_first: float
     decode_inputs: dict[int, torch.Tensor]
 
@@ -116,9 +121,11 @@ class IncrementalForward:
         if base is None:
             return 0, 0
         prefill = _first_difference(plan.prefill, base.prefill)
+        if plan.kv.observed_tokens not in (0, base.kv.observed_tokens):
+            prefill = 0  # the base's prefill has not been observed so
         decode = [_first_difference(plan.decode, base.decode), prefill]
         windows = set(plan.kv.token_aware_blocks) ^ set(base.kv.token_aware_blocks)
-        if (plan.kv.first_tokens, plan.kv.last_tokens) != (base.kv.first_tokens, base.kv.last_tokens):
+        if replace(plan.kv, token_aware_blocks=()) != replace(base.kv, token_aware_blocks=()):
             windows |= {*plan.kv.token_aware_blocks, *base.kv.token_aware_blocks}
         decode += windows
         # A plan that differs in nothing is run from the last block on: it is asked for its states or logits.
@@ -138,23 +145,26 @@ class IncrementalForward:
         forward = self._forward(start, base.prefill_inputs[start] if start else None, keep)
         merged = self.merged_pairs.active(self.model, plan.prefill.merged_blocks)
         adapted = active_adapter(self.model, self.adapters.get("prefill"))
+        may_drop = [block for block in running if plan.kv.observed_tokens and not cache.layers[block].is_sliding]
         with merged, bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
-            output = forward(
-                input_ids=tensors["prompt_ids"],
-                attention_mask=tensors["prompt_mask"],
-                position_ids=position_ids(tensors["prompt_mask"]),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+            with observing(self.model, may_drop, cache, tensors["prompt_mask"], plan.kv.observed_tokens) as attention:
+                output = forward(
+                    input_ids=tensors["prompt_ids"],
+                    attention_mask=tensors["prompt_mask"],
+                    position_ids=position_ids(tensors["prompt_mask"]),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
         entries = {block: (cache.layers[block].keys, cache.layers[block].values) for block in running}
         if keep:
             entries = {block: (self._narrow(keys), self._narrow(values)) for block, (keys, values) in entries.items()}
         inputs = forward.recorded
         if start:
             entries |= {block: pair for block, pair in base.entries.items() if block < start}
+            attention |= {block: sums for block, sums in base.attention.items() if block < start}
             inputs = inputs | {block: states for block, states in base.prefill_inputs.items() if block <= start}
-        return BatchState(plan, inputs, entries, batch.kl_of_first(output.logits[:, -1]), {})
+        return BatchState(plan, inputs, entries, attention, batch.kl_of_first(output.logits[:, -1]), {})
 
     def _decode(
         self,
@@ -196,7 +206,10 @@ class IncrementalForward:
         for block in plan.kept_blocks("decode"):
             keys, values = (tensor.to(self.model.dtype) for tensor in state.entries[block])
             token_aware = block in plan.kv.token_aware_blocks and not layers[block].is_sliding
-            if token_aware and window is not None:
+            if token_aware and window is not None and plan.kv.observed_tokens:
+                columns = observed(state.attention[block], window.kept_tokens, plan.kv.observed_tokens, mask)
+                keys, values = select_per_head(keys, columns), select_per_head(values, columns)
+            elif token_aware and window is not None:
                 keys, values = window.select(keys), window.select(values)
             entries[block] = (keys, values)
         return KVPayload(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)

@@ -1,4 +1,4 @@
-"""TokenAwareBlocks: which blocks lose least when decode receives only the ends of the prompt."""
+"""TokenAwareBlocks: which blocks lose least when decode receives only some of the prompt's tokens."""
 
 import random
 from collections.abc import Sequence
@@ -8,6 +8,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from ..blocks import get_blocks
+from ..kv.attention_replay import AttentionReplay
 from ..plan import KVPlan, PruningPlan
 from .annealing import AnnealingSearch
 from .attention_mass import AttentionMass
@@ -17,7 +19,7 @@ from .search_config import SearchConfig
 
 class TokenAwareBlocks:
     """
-    Chooses the token-aware blocks of a plan by the KL that dropping the middle of the prompt causes through the
+    Chooses the token-aware blocks of a plan by the KL that dropping prompt tokens (see [`KVPlan`]) causes through the
     disaggregated forward: greedily one by one, then by annealing jointly. Prefill is never run again, and decode only
     from the first block that differs, so a candidate costs a fraction of a forward over the completion.
 
@@ -25,10 +27,16 @@ class TokenAwareBlocks:
 
     Args:
         objective ([`Objective`]): On prompts that are longer than the window.
-        config ([`SearchConfig`]): Window, number or target.
+        config ([`SearchConfig`]): Window, choice of tokens, number or target.
+
+    Raises:
+        `ValueError`: If tokens are to be chosen by attention, and the model's cannot be observed.
     """
 
     def __init__(self, objective: Objective, config: SearchConfig):
+        if config.token_choice == "attention":
+            for block in get_blocks(objective.model):
+                AttentionReplay(block)
         self.objective = objective
         self.config = config
 
@@ -87,10 +95,12 @@ class TokenAwareBlocks:
         )
 
     def _with_blocks(self, plan: PruningPlan, blocks: Sequence[int]) -> PruningPlan:
-        return replace(plan, kv=KVPlan(tuple(sorted(blocks)), self.config.first_tokens, self.config.last_tokens))
+        config = self.config
+        kv = KVPlan(tuple(sorted(blocks)), config.first_tokens, config.last_tokens, config.token_choice)
+        return replace(plan, kv=kv)
 
     def _least_attention_outside(self, candidates: Sequence[int]) -> list[int]:
-        """The candidates, those first that spend least attention outside the window."""
+        """The candidates, those first that spend least attention outside the first and last tokens, as PDTrim does."""
         objective, config = self.objective, self.config
         mass = AttentionMass.measure(objective.model, objective.calibration, config.first_tokens, config.last_tokens)
         shares = mass.shares
