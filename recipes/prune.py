@@ -245,7 +245,8 @@ def train(
     folder = Path(training_args.output_dir)
     checkpoints = folder / "checkpoints" / f"{zlib.crc32(json.dumps([plan.digest, settings]).encode()):08x}"
     merged_pairs = None
-    if (folder / MERGED_PAIRS_FILE_NAME).is_file():
+    # Local distillation fits merged blocks together with those beside other gaps.
+    if not training_args.local_distillation_tokens and (folder / MERGED_PAIRS_FILE_NAME).is_file():
         merged_pairs = MergedPairs.from_pretrained(folder, model)
     trainer = PDPruneTrainer(
         model,

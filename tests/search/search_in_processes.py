@@ -31,7 +31,8 @@ def run(folder: Path, options: dict) -> dict:
         examples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
     calibration = Calibration(model, examples, 0, batch_size=2)
     statistics = BlockStatistics.measure(model, calibration.batches)
-    plan = search_plan(model, calibration, statistics, SearchConfig(**options), folder)
+    text = torch.randint(3, 128, (100, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = search_plan(model, calibration, statistics, SearchConfig(**options), folder, merge_text=text)
     return {
         "plan": plan.digest,
         "energy": plan.provenance["objective"]["result"],
