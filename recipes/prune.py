@@ -323,8 +323,11 @@ def search(
     long = None
     if config.num_token_aware_blocks or config.target_kv_reduction:
         long = calibration(args.kv_calibration_prompt_tokens, args.kv_calibration_examples)
-    text = load_text(args.train_dataset, args.train_split, subset=args.train_subset)
-    merge_text = tokenize_rows(text, tokenizer) if config.merge_pairs else None
+    merge_text = None
+    if config.merge_pairs:
+        merge_text = tokenize_rows(
+            load_text(args.train_dataset, args.train_split, subset=args.train_subset), tokenizer
+        )
     return search_plan(model, short, statistics, config, output_dir=folder, kv_calibration=long, merge_text=merge_text)
 
 

@@ -68,11 +68,10 @@ class StudyArguments:
     batch_size: int = field(default=4, metadata={"help": "Examples per forward."})
     annealing_share: float = field(default=0.15, metadata={"help": "As for recipes/prune.py."})
     merge_rank: int = field(default=64, metadata={"help": "As for recipes/prune.py."})
-    merge_text: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Texts that pairs are distilled on: source[:split], each for an equal share."},
+    merge_text: str | None = field(
+        default=None, metadata={"help": "Text that pairs are distilled on, not that of the others: source[:split]."}
     )
-    merge_tokens: int = field(default=32768, metadata={"help": "Tokens of them in all."})
+    merge_tokens: int = field(default=32768, metadata={"help": "As for recipes/prune.py."})
 
 
 class Text:
@@ -184,24 +183,15 @@ class Study:
         write_artefact(self.folder / "table.md", table(self.rows))
 
     def _pairs(self, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
-        folder = self.folder
-        if (folder / MERGED_PAIRS_FILE_NAME).is_file():
-            return MergedPairs.from_pretrained(folder, self.model)
+        if (self.folder / MERGED_PAIRS_FILE_NAME).is_file():
+            return MergedPairs.from_pretrained(self.folder, self.model)
         absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
-        pairs = MergedPairs.distil(self.model, self._merge_input_ids(), absorbed, self.args.merge_rank)
-        pairs.save_pretrained(folder)
+        source, _, split = self.args.merge_text.partition(":")
+        rows = tokenize_rows(load_text(source, split or "train"), self.tokenizer)
+        input_ids = pack_tokens(rows, self.args.merge_tokens, device=self.model.device)
+        pairs = MergedPairs.distil(self.model, input_ids, absorbed, self.args.merge_rank)
+        pairs.save_pretrained(self.folder)
         return pairs
-
-    def _merge_input_ids(self) -> list[torch.LongTensor]:
-        """Rows of all texts, mixed: neurons are chosen on the first ones."""
-        batches: list[torch.LongTensor] = []
-        for named in self.args.merge_text:
-            source, _, split = named.partition(":")
-            rows = tokenize_rows(load_text(source, split or "train"), self.tokenizer)
-            batches += pack_tokens(rows, self.args.merge_tokens // len(self.args.merge_text), device=self.model.device)
-        rows = torch.cat(batches)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
-        return list(rows[order].split(len(batches[0])))
 
     def _objective(self, text: Text, pairs: MergedPairs) -> Objective:
         subject = text.calibration.digest + pairs.digest

@@ -42,7 +42,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "prompt_tokens": 12,
         "completion_tokens": 20,
         "merge_rank": 4,
-        "merge_text": [str(tmp_path / "second.jsonl")],
+        "merge_text": str(tmp_path / "second.jsonl"),
         "merge_tokens": 300,
     }
 
