@@ -196,7 +196,8 @@ class Study:
 
     def searched(self, strategy: str, seed: int = 0) -> tuple[PruningPlan, float]:
         """The plan that a strategy finds, and its cost in dense forwards; kept as a row of its own."""
-        prefill, decode = (len(getattr(self.plan, stage).missing_blocks) for stage in ("prefill", "decode"))
+        decode = len(self.plan.decode.missing_blocks)
+        prefill = min(len(self.plan.prefill.skipped_blocks), decode)  # these strategies know the subset rule alone
         if strategy == "unified":
             strategy, prefill, decode = "greedy", self.variants.unified_blocks, self.variants.unified_blocks
         config = SearchConfig(
@@ -227,7 +228,7 @@ class Study:
         def make() -> dict[str, Any]:
             prefill, decode = pair()
             result = {
-                "prefill": list(plan.prefill.missing_blocks),
+                "prefill": list(plan.prefill.skipped_blocks),
                 "decode": list(plan.decode.missing_blocks),
                 "kv_reduction": plan.kv_reduction(args.text_prompt_tokens)["total"],
                 "quality": evaluate_quality(prefill, decode, self.dense, self.batches),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from masked_reference import random_prompts
+from peft import LoraConfig, get_peft_model
 from tiny_configs import ARCHITECTURES, COMMON
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -102,3 +103,20 @@ def batch():
         "completion_ids": completion_ids,
         "completion_mask": completion_mask,
     }
+
+
+@pytest.fixture
+def adapted():
+    """Factory: the model with an adapter of each stage, both of which do something and learn."""
+
+    def make(model):
+        generator = torch.Generator().manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"), "prefill").eval()
+        model.add_adapter("decode", LoraConfig(r=2, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+                parameter.requires_grad_(True)
+        return model
+
+    return make

@@ -89,15 +89,20 @@ def get_attention(block: nn.Module) -> nn.Module:
     return takes_cache[innermost[0]]
 
 
+def block_behind(block: nn.Module) -> nn.Module:
+    """The block itself, where stand-ins (each with its `stands_for`) have taken its place in the list."""
+    while "stands_for" in vars(block):
+        block = vars(block)["stands_for"]
+    return block
+
+
 def check_attends_by_mask(model: nn.Module) -> None:
     """
     Raises a `ValueError` unless the blocks' attention depends on which tokens they see by the attention mask alone, so
     that KV entries from the middle can be left out together with their columns of the mask.
     """
     config = text_config_of(model.config)
-    block = get_blocks(model)[0]
-    while isinstance(block, BypassedBlock):
-        block = block._block
+    block = block_behind(get_blocks(model)[0])
     arguments = inspect.signature(block.forward).parameters
     if "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
         why = "the model takes no KV cache"
@@ -140,18 +145,16 @@ class BypassedBlock(nn.Module):
 
     def __init__(self, block: nn.Module, num_outputs: int | None):
         super().__init__()
-        self.__dict__["_block"] = block
+        self.__dict__["stands_for"] = block
         self.num_outputs = num_outputs
-        while isinstance(block, BypassedBlock):
-            block = block._block
-        arguments = list(inspect.signature(block.forward).parameters)[1:2]
+        arguments = list(inspect.signature(block_behind(block).forward).parameters)[1:2]
         self.carried_argument = next((name for name in arguments if name in _CARRIED_ARGUMENTS), None)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_block"], name)
+            return getattr(self.__dict__["stands_for"], name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
         if self.num_outputs is None:
@@ -163,7 +166,7 @@ class BypassedBlock(nn.Module):
 
 
 @torch.no_grad()
-def _num_block_outputs(model: nn.Module) -> int | None:
+def num_block_outputs(model: nn.Module) -> int | None:
     """Runs one token through the model to see what a block returns: `None` for a tensor, else the tuple's length."""
     if "_pdprune_num_block_outputs" not in model.__dict__:
         seen: list[Any] = []
@@ -207,7 +210,7 @@ def bypass_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
     if not numbers:
         yield
         return
-    num_outputs = _num_block_outputs(model)
+    num_outputs = num_block_outputs(model)
     originals = {number: block_list[number] for number in numbers}
     try:
         for number, block in originals.items():

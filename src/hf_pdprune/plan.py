@@ -58,32 +58,48 @@ class StagePlan:
         removed_blocks (`tuple[int, ...]`): Blocks removed outright.
         merged_blocks (`tuple[tuple[int, int], ...]`): Pairs [kept, absorbed]: one distilled block at the kept one's
             place stands for both.
+        projected_blocks (`tuple[int, ...]`): Blocks of which prefill computes keys and values alone, from the hidden
+            states that pass by, since decode keeps the block (the relaxed subset rule).
     """
 
     removed_blocks: tuple[int, ...] = ()
     merged_blocks: tuple[tuple[int, int], ...] = ()
+    projected_blocks: tuple[int, ...] = ()
 
     @property
     def missing_blocks(self) -> tuple[int, ...]:
         """Blocks that this stage does not run: the removed and the absorbed ones, rising."""
         return tuple(sorted((*self.removed_blocks, *(absorbed for _, absorbed in self.merged_blocks))))
 
+    @property
+    def skipped_blocks(self) -> tuple[int, ...]:
+        """Blocks that add nothing to this stage's hidden states: the missing and the projected ones, rising."""
+        return tuple(sorted((*self.missing_blocks, *self.projected_blocks)))
+
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data = {
             "removed_blocks": list(self.removed_blocks),
             "merged_blocks": [list(pair) for pair in self.merged_blocks],
         }
+        # Only where there are some: other plans stay readable for versions that know nothing of it.
+        return data | ({"projected_blocks": list(self.projected_blocks)} if self.projected_blocks else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], where: str) -> "StagePlan":
-        _check_keys(data, ("removed_blocks", "merged_blocks"), where)
+        if isinstance(data, dict):
+            data = {"projected_blocks": [], **data}
+        _check_keys(data, ("removed_blocks", "merged_blocks", "projected_blocks"), where)
         for key, value in data.items():
             if not isinstance(value, list):
                 raise ValueError(f"{where}.{key} must be a list, got {value!r}")
         for pair in data["merged_blocks"]:
             if not isinstance(pair, list) or len(pair) != 2:
                 raise ValueError(f"{where}.merged_blocks: {pair!r} is not a pair [kept, absorbed]")
-        return cls(tuple(data["removed_blocks"]), tuple((kept, absorbed) for kept, absorbed in data["merged_blocks"]))
+        return cls(
+            tuple(data["removed_blocks"]),
+            tuple((kept, absorbed) for kept, absorbed in data["merged_blocks"]),
+            tuple(data["projected_blocks"]),
+        )
 
     def checked(self, total: int, where: str) -> "StagePlan":
         """This plan with sorted numbers, or a `ValueError` that names the key which is wrong."""
@@ -93,9 +109,15 @@ class StagePlan:
         both = sorted(set(removed) & set(in_pairs))
         if both:
             raise ValueError(f"{where}.merged_blocks: block {both[0]} is in {where}.removed_blocks too")
-        checked = StagePlan(removed, tuple(sorted(tuple(pair) for pair in self.merged_blocks)))
+        projected = check_block_numbers(self.projected_blocks, total, f"{where}.projected_blocks")
+        both = sorted(set(projected) & {*removed, *in_pairs})
+        if both:
+            raise ValueError(f"{where}.projected_blocks: block {both[0]} is removed or merged there too")
+        checked = StagePlan(removed, tuple(sorted(tuple(pair) for pair in self.merged_blocks)), projected)
         if len(checked.missing_blocks) >= total:
             raise ValueError(f"{where} removes all {total} blocks; at least one has to stay")
+        if len(checked.skipped_blocks) >= total:
+            raise ValueError(f"{where} removes or projects all {total} blocks; at least one has to run")
         return checked
 
 
@@ -179,7 +201,8 @@ class PruningPlan:
     dense model; the methods of this class are the only place that translates them to a stage's own numbers.
 
     Blocks missing in prefill are missing in decode too (the subset rule): decode would otherwise look for KV entries
-    that nobody computed.
+    that nobody computed. A block that prefill is to skip and decode to keep is projected in prefill instead (the
+    relaxed subset rule): its keys and values are computed, its attention and MLP are not.
 
     Args:
         base_model (`str`): Repo id or name of the dense model.
@@ -217,6 +240,20 @@ class PruningPlan:
                 f"prefill.removed_blocks: block {extra[0]} is missing in prefill but not in decode; blocks missing in "
                 "prefill must be missing in decode too"
             )
+        if self.decode.projected_blocks:
+            raise ValueError("decode.projected_blocks: only prefill computes keys and values for somebody else")
+        unneeded = sorted(set(self.prefill.projected_blocks) & set(self.decode.missing_blocks))
+        if unneeded:
+            raise ValueError(
+                f"prefill.projected_blocks: block {unneeded[0]} is missing in decode, which needs none of its keys "
+                "and values"
+            )
+        silent = sorted(set(self.prefill.projected_blocks) & set(self.kv.token_aware_blocks))
+        if silent and self.kv.observed_tokens:
+            raise ValueError(
+                f"prefill.projected_blocks: block {silent[0]} is token-aware, and with token_choice attention its "
+                "queries have to choose tokens; a projected block has none"
+            )
 
     @classmethod
     def empty(cls, model_or_config: Any, base_model: str | None = None, **parts: Any) -> "PruningPlan":
@@ -247,7 +284,10 @@ class PruningPlan:
         return parts[0]
 
     def kept_blocks(self, stage: str) -> tuple[int, ...]:
-        """Dense numbers of the blocks that a stage runs, in order: entry i is the stage checkpoint's block i."""
+        """
+        Dense numbers of the blocks that a stage has, projected ones among them, in order: entry i is the stage
+        checkpoint's block i.
+        """
         missing = set(self.stage(stage).missing_blocks)
         return tuple(number for number in range(self.num_hidden_layers) if number not in missing)
 

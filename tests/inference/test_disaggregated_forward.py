@@ -1,4 +1,5 @@
 from contextlib import ExitStack
+from functools import partial
 
 import pytest
 import torch
@@ -22,25 +23,39 @@ def pruned_plan(model, token_choice="first_last"):
     )
 
 
+def relaxed_plan(model):
+    """Prefill skips blocks that decode keeps, a token-aware one among them."""
+    return PruningPlan.empty(
+        model, prefill=StagePlan((1,), (), (2, 3)), decode=StagePlan((1, 4)), kv=KVPlan((0, 2, 5), 2, 4)
+    )
+
+
 def forward(model, plan, batch, **stage_settings):
     prefill, decode = PrefillStage(model, plan, **stage_settings), DecodeStage(model, plan, **stage_settings)
     return disaggregated_forward(prefill, decode, batch)
 
 
 def reference(model, plan, batch):
-    """The same in one forward without a cache: blocks that only decode does without are skipped by the completion."""
+    """
+    The same in one forward without a cache: blocks that only decode does without are skipped by the completion, and
+    projected ones by the prompt.
+    """
     prompt_tokens = batch["prompt_ids"].shape[1]
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
 
-    def skip(module, args, kwargs, output):
+    def skip(module, args, kwargs, output, in_prompt=False):
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        mixed = torch.cat([after[:, :prompt_tokens], before[:, prompt_tokens:]], dim=1)
+        prompt, completion = (before, after) if in_prompt else (after, before)
+        mixed = torch.cat([prompt[:, :prompt_tokens], completion[:, prompt_tokens:]], dim=1)
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
     with ExitStack() as stack:
         for block in set(plan.decode.missing_blocks) - set(plan.prefill.missing_blocks):
             hook = get_blocks(model)[block].register_forward_hook(skip, with_kwargs=True)
+            stack.callback(hook.remove)
+        for block in plan.prefill.projected_blocks:
+            hook = get_blocks(model)[block].register_forward_hook(partial(skip, in_prompt=True), with_kwargs=True)
             stack.callback(hook.remove)
         stack.enter_context(masked_blocks(model, plan, batch["prompt_ids"], batch["prompt_mask"]))
         stack.enter_context(bypass_blocks(model, plan.prefill.missing_blocks))
@@ -54,10 +69,10 @@ def reference(model, plan, batch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
-def test_logits_of_every_architecture(tiny_model, architecture, batch, token_choice):
+@pytest.mark.parametrize("make_plan", [pruned_plan, partial(pruned_plan, token_choice="attention"), relaxed_plan])
+def test_logits_of_every_architecture(tiny_model, architecture, batch, make_plan):
     model = tiny_model(architecture, initializer_range=0.1)
-    plan = pruned_plan(model, token_choice)
+    plan = make_plan(model)
     actual, real = forward(model, plan, batch), batch["completion_mask"].bool()
     expected = reference(model, plan, batch)
     torch.testing.assert_close(actual[real], expected[real], atol=1e-5, rtol=0)
@@ -65,10 +80,10 @@ def test_logits_of_every_architecture(tiny_model, architecture, batch, token_cho
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
-@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
-def test_gradients_flow_through_the_hand_over(tiny_model, architecture, batch, token_choice):
+@pytest.mark.parametrize("make_plan", [pruned_plan, partial(pruned_plan, token_choice="attention"), relaxed_plan])
+def test_gradients_flow_through_the_hand_over(tiny_model, architecture, batch, make_plan):
     model = tiny_model(architecture, initializer_range=0.1)
-    plan, real = pruned_plan(model, token_choice), batch["completion_mask"].bool()
+    plan, real = make_plan(model), batch["completion_mask"].bool()
     weights = torch.randn(int(real.sum()), 256, generator=torch.Generator().manual_seed(0))
     gradients = []
     for logits in (forward(model, plan, batch), reference(model, plan, batch)):

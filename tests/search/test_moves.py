@@ -55,3 +55,26 @@ def test_blocks_change_how_they_go_where_pairs_can_be_merged(tiny_model):
         plan = neighbour
         merged |= set(plan.decode.merged_blocks)
     assert ways > 10 and len(merged) >= 6
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(3, 2), (2, 2), (2, 4), (2, 0)])
+def test_neighbours_under_the_relaxed_subset_rule(tiny_model, prefill, decode):
+    removable = (7, 3, 5, 1, 6, 2, 4, 8)
+    operations = Operations(removable, [(b - 1, b) for b in (2, 5, 8)], relaxed=True)
+    start = operations.plan(
+        PruningPlan.empty(tiny_model("llama", num_hidden_layers=10)),
+        dict.fromkeys(removable[:prefill]),
+        dict.fromkeys(removable[:decode]),
+    )
+    plan, moves, rng = start, Moves(operations), random.Random(0)
+    seen = {"prefill": set(), "decode": set(), "projected": set(), "both": set()}
+    for _ in range(4000):
+        plan = moves(plan, rng)
+        assert len(plan.prefill.skipped_blocks) == prefill and len(plan.decode.missing_blocks) == decode
+        seen["prefill"] |= set(plan.prefill.skipped_blocks)
+        seen["decode"] |= set(plan.decode.missing_blocks)
+        seen["projected"] |= set(plan.prefill.projected_blocks)
+        seen["both"] |= set(plan.prefill.missing_blocks)
+    everything = set(removable)
+    assert seen["prefill"] == seen["projected"] == everything
+    assert seen["decode"] == seen["both"] == (everything if decode else set())

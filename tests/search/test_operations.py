@@ -39,11 +39,35 @@ def test_a_pair_whose_kept_block_goes_is_a_removal(empty):
 
 def test_additions_lose_one_more_block_merged_where_it_can_be(empty):
     operations = Operations((2, 3), [(1, 2), (3, 4)])
-    plans = operations.additions(empty, both_stages=True)
+    plans = operations.additions(empty, in_prefill=True, in_decode=True)
     assert [(p.decode.removed_blocks, p.decode.merged_blocks) for p in plans] == [
         ((), ((1, 2),)), ((3,), ()), ((), ((3, 4),)),
     ]  # fmt: skip
     assert all(plan.prefill == plan.decode for plan in plans)
-    more = operations.additions(with_removed(empty, (3,), (3,)), both_stages=False)
+    more = operations.additions(with_removed(empty, (3,), (3,)), in_prefill=False, in_decode=True)
     assert [missing_of(plan.decode) for plan in more] == [{3: None, 2: 1}]  # 4 has lost the block that would keep it
     assert all(plan.prefill.removed_blocks == (3,) for plan in more)
+
+
+def test_under_the_relaxed_subset_rule_prefill_projects_what_decode_keeps(empty):
+    operations = Operations((2, 3, 5), [(3, 4)], relaxed=True)
+    plan = operations.plan(empty, {2: None, 5: None}, {5: None, 4: 3})
+    assert (plan.prefill.removed_blocks, plan.prefill.projected_blocks) == ((5,), (2,))
+    assert missing_of(plan.prefill) == {2: None, 5: None} and missing_of(plan.decode) == {5: None, 4: 3}
+    assert operations.plan(empty, {4: 3}, {}) is None  # decode runs block 4 on what only the dense block 3 makes
+    assert operations.plan(empty, {4: None}, {}) is None  # not one of the pruning set
+    assert Operations((2, 3, 5)).plan(empty, {2: None}, {}) is None
+
+
+def test_additions_under_the_relaxed_subset_rule(empty):
+    operations = Operations((2, 3, 5), [(1, 2)], relaxed=True)
+    plan = operations.plan(empty, {2: None}, {5: None})
+
+    def skipped(stages):
+        found = operations.additions(plan, *stages)
+        return [(missing_of(added.prefill), missing_of(added.decode)) for added in found]
+
+    two, five = {2: None}, {5: None}
+    assert skipped((True, True)) == [(two | {3: None}, five | {3: None})]
+    assert skipped((True, False)) == [(two | {3: None}, five), (two | five, five)]
+    assert skipped((False, True)) == [({2: 1}, five | {2: 1}), (two, five | {3: None})]

@@ -23,6 +23,7 @@ from hf_pdprune.search import SearchConfig
         ({"hidden_cache_dtype": "int8"}, "hidden_cache_dtype must be one of float32"),
         ({"merge_rank": 0}, "merge_rank"),
         ({"merge_pairs": True, "strategy": "greedy"}, "merge_pairs needs the strategy annealing"),
+        ({"relaxed_subset_rule": True, "strategy": "one_shot"}, "relaxed_subset_rule needs the strategy annealing"),
         ({"max_kl": 0}, "max_kl must be positive"),
         ({"max_kl": 1, "strategy": "random"}, "max_kl needs a strategy that goes block by block"),
         ({"target_ttft_speedup": 0.5}, "target_ttft_speedup must be at least 1"),
@@ -57,3 +58,8 @@ def test_every_option_is_documented():
 
 def test_tokens_are_chosen_as_by_the_plan_itself():
     assert SearchConfig().token_choice == KVPlan().token_choice == "first_last"
+
+
+def test_prefill_may_lose_more_under_the_relaxed_subset_rule():
+    config = SearchConfig(num_prefill_blocks=3, num_decode_blocks=2, relaxed_subset_rule=True)
+    assert (config.num_prefill_blocks, config.num_decode_blocks) == (3, 2)

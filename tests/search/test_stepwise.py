@@ -93,3 +93,19 @@ def test_merging_is_an_operation(objective):
     assert steps[-1].plan.decode.merged_blocks and steps[-1].energy < removing[-1].energy
     with pytest.raises(ValueError, match="which has not been distilled"):
         objective.energy(steps[-1].plan)
+
+
+@pytest.mark.parametrize("counts", [(2, 4), (4, 2), (2, 0)])
+def test_the_relaxed_subset_rule_lets_prefill_lose_other_blocks_and_more(objective, counts):
+    config = SearchConfig(annealing_share=1.0)
+    steps = StepwiseSearch(objective, Operations(REMOVABLE, relaxed=True), config).run(*counts)
+    assert len(steps) == max(counts)
+    found = steps[-1].plan
+    assert (len(found.prefill.skipped_blocks), len(found.decode.missing_blocks)) == counts
+    exact = Objective(objective.model, objective.calibration)
+    assert steps[-1].energy == pytest.approx(exact.energy(found), abs=1e-9)
+    if counts[0] <= counts[1]:
+        strict = StepwiseSearch(objective, Operations(REMOVABLE), config).run(*counts)
+        assert steps[-1].energy <= strict[-1].energy
+    else:
+        assert found.prefill.projected_blocks

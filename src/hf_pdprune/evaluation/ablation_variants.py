@@ -63,7 +63,7 @@ class AblationVariants:
         Blocks that a unified plan of the same cost removes from both stages: half of what the stages lose together,
         rounded down, in the unified plan's favour.
         """
-        return (len(self.plan.prefill.missing_blocks) + len(self.plan.decode.missing_blocks)) // 2
+        return (len(self.plan.prefill.skipped_blocks) + len(self.plan.decode.missing_blocks)) // 2
 
     def _no_window(self) -> KVPlan:
         return replace(self.plan.kv, token_aware_blocks=())

@@ -7,6 +7,7 @@ from torch import nn
 from ..adapters import adapter_layers
 from ..blocks import get_blocks
 from ..inference import DecodeStage, PrefillStage
+from ..projected_blocks import idle_layers
 
 
 def parameter_shares(dense_model: nn.Module, prefill: PrefillStage, decode: DecodeStage) -> dict[str, float]:
@@ -24,7 +25,7 @@ def parameter_shares(dense_model: nn.Module, prefill: PrefillStage, decode: Deco
         LM-head parameters).
     """
     blocks, head = sum(block_parameters(dense_model)), head_parameters(dense_model)
-    prefill_blocks = sum(block_parameters(prefill.model, prefill.bypassed))
+    prefill_blocks = sum(block_parameters(prefill.model, prefill.bypassed, prefill.projected))
     decode_blocks = sum(block_parameters(decode.model, decode.bypassed))
     return {
         "prefill_share_removed": 1 - prefill_blocks / blocks,
@@ -32,9 +33,13 @@ def parameter_shares(dense_model: nn.Module, prefill: PrefillStage, decode: Deco
     }
 
 
-def block_parameters(model: nn.Module, bypassed: Collection[int] = ()) -> list[int]:
-    """Parameters of each block that runs, without those of adapters, which an export merges."""
-    return [_parameters(block) for index, block in enumerate(get_blocks(model)) if index not in bypassed]
+def block_parameters(model: nn.Module, bypassed: Collection[int] = (), projected: Collection[int] = ()) -> list[int]:
+    """Parameters that each block runs with, without those of adapters, which an export merges."""
+    counts = {index: _parameters(block) for index, block in enumerate(get_blocks(model)) if index not in bypassed}
+    for index in projected:
+        block = get_blocks(model)[index]
+        counts[index] -= sum(_parameters(block, f"{layer}.") for layer in idle_layers(model, index))
+    return list(counts.values())
 
 
 def head_parameters(model: nn.Module) -> int:
@@ -43,10 +48,11 @@ def head_parameters(model: nn.Module) -> int:
     return 0 if head is None else _parameters(head)
 
 
-def _parameters(module: nn.Module) -> int:
+def _parameters(module: nn.Module, prefix: str = "") -> int:
     layers = adapter_layers(module)
     return sum(
         parameter.numel()
         for name, parameter in module.named_parameters()
-        if ".base_layer." in name or not any(name.startswith(f"{layer}.") for layer in layers)
+        if name.startswith(prefix)
+        and (".base_layer." in name or not any(name.startswith(f"{layer}.") for layer in layers))
     )

@@ -10,6 +10,7 @@ from .figures import new_figure, save_figure
 
 
 _BAR, _KEPT, _REMOVED, _MERGED, _WINDOW, _NONE = "#8c9bab", "#dde3ea", "#c0392b", "#e6a23c", "#2f6fb0", "#ffffff"
+_PROJECTED = "#d98880"
 
 
 def plot_plan(plan: PruningPlan, redundancy: Sequence[float] | None, path: str | os.PathLike) -> Path:
@@ -89,6 +90,8 @@ def _stage_colors(plan: PruningPlan, name: str) -> list[str]:
         colors[block] = _REMOVED
     for _, absorbed in stage.merged_blocks:
         colors[absorbed] = _MERGED
+    for block in stage.projected_blocks:
+        colors[block] = _PROJECTED
     return colors
 
 
@@ -106,6 +109,8 @@ def _legend_handles(plan: PruningPlan) -> list:
     labels = {_KEPT: "kept / KV of all prompt tokens", _REMOVED: "removed"}
     if plan.prefill.merged_blocks or plan.decode.merged_blocks:
         labels[_MERGED] = "merged into its neighbour"
+    if plan.prefill.projected_blocks:
+        labels[_PROJECTED] = "only keys and values computed"
     if plan.kv.token_aware_blocks:
         labels[_WINDOW] = f"token-aware: KV of {plan.kv.to_text()}"
     labels[_NONE] = "no KV"

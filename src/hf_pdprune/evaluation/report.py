@@ -85,9 +85,11 @@ def terminal_text(plan: PruningPlan, results: Mapping[str, Any]) -> str:
     if "speed" in results:
         parts.append(ResultTable.of_speed_and_shares(results["speed"]).to_text())
     parts.append("\n".join(_remarks(results)))
+    projected = plan.prefill.projected_blocks
     parts.append(
-        f"prefill does without blocks {numbers(plan.prefill.missing_blocks)}; "
-        f"decode without {numbers(plan.decode.missing_blocks)}"
+        f"prefill does without blocks {numbers(plan.prefill.missing_blocks)}"
+        + (f", and but for keys and values without {numbers(projected)}" if projected else "")
+        + f"; decode without {numbers(plan.decode.missing_blocks)}"
     )
     return "\n\n".join(part for part in parts if part)
 
@@ -218,6 +220,8 @@ def _plan_table(plan: PruningPlan) -> list[str]:
     for title, key in (("blocks removed", "removed_blocks"), ("merged [kept, absorbed]", "merged_blocks")):
         cells = [numbers(getattr(plan.stage(stage), key)) for stage in ("prefill", "decode")]
         lines.append(f"| {title} | {' | '.join(cells)} |")
+    if plan.prefill.projected_blocks:
+        lines.append(f"| only keys and values computed | {numbers(plan.prefill.projected_blocks)} | none |")
     kept = [f"{len(plan.kept_blocks(stage))} of {plan.num_hidden_layers}" for stage in ("prefill", "decode")]
     lines.append(f"| blocks left | {' | '.join(kept)} |")
     return [*lines, "", f"Token-aware blocks ({kv.to_text()}): {numbers(token_aware)}"]

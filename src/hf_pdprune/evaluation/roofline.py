@@ -41,9 +41,13 @@ def roofline(
     pairs = prompt_tokens * (prompt_tokens + 1) // 2
     attention = 2 * 2 * heads * head_dim * pairs
     head = head_parameters(dense_model)
-    blocks = {"dense": block_parameters(dense_model), "pruned": block_parameters(prefill.model, prefill.bypassed)}
+    blocks = {
+        "dense": block_parameters(dense_model),
+        "pruned": block_parameters(prefill.model, prefill.bypassed, prefill.projected),
+    }
+    attending = {"dense": len(blocks["dense"]), "pruned": len(blocks["pruned"]) - len(prefill.projected)}
     flops = {
-        name: batch_size * (sum(2 * count * prompt_tokens + attention for count in counts) + 2 * head)
+        name: batch_size * (2 * sum(counts) * prompt_tokens + attending[name] * attention + 2 * head)
         for name, counts in blocks.items()
     }
     blocks["pruned"] = block_parameters(decode.model, decode.bypassed)

@@ -78,7 +78,7 @@ class Run:
             window += " by attention" if plan.kv.token_choice == "attention" else ""
         return [
             self.name,
-            "" if plan is None else numbers(plan.prefill.missing_blocks),
+            "" if plan is None else numbers(plan.prefill.skipped_blocks),
             "" if plan is None else numbers(plan.decode.missing_blocks),
             window,
             "" if self.kl is None else f"{self.kl:.3f}",

@@ -67,7 +67,7 @@ def model_card(
         eval_results=_eval_results(results) or None,
     )
     token_aware = [block for block in plan.kv.token_aware_blocks if block not in plan.decode.missing_blocks]
-    parts = {}
+    parts = {"prefill_projected": plan.prefill.projected_blocks and _numbers(plan.prefill.projected_blocks)}
     for part in STAGES:
         parts[f"{part}_removed"] = _numbers(plan.stage(part).removed_blocks)
         parts[f"{part}_merged"] = _numbers(plan.stage(part).merged_blocks)
@@ -150,11 +150,11 @@ def _block_map(plan: PruningPlan) -> str:
     """The plan as a picture of characters, one column per block of the dense model."""
     blocks = range(plan.num_hidden_layers)
     prefill, decode = set(plan.prefill.missing_blocks), set(plan.decode.missing_blocks)
-    handed = {True: "w", False: "a"}
+    projected, handed = plan.prefill.projected_blocks, {True: "w", False: "a"}
     rows = {
         "": "".join(str(block // 10) if block % 10 == 0 else " " for block in blocks),
         "block": "".join(str(block % 10) for block in blocks),
-        "prefill": "".join("." if block in prefill else "#" for block in blocks),
+        "prefill": "".join("." if block in prefill else "k" if block in projected else "#" for block in blocks),
         "decode": "".join("." if block in decode else "#" for block in blocks),
         "handed over": "".join(
             "." if block in decode else handed[block in plan.kv.token_aware_blocks] for block in blocks

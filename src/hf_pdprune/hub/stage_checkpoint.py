@@ -14,6 +14,7 @@ from ..blocks import blocks_path, empty_shorter, shortened_names, shortened_tens
 from ..fingerprint import combined_fingerprint, model_fingerprint
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS, by_stage, served_stages
 from ..plan import PLAN_FILE_NAME, PruningPlan
+from ..projected_blocks import check_projectable, idle_layers
 from .folder_swap import FolderSwap, naming_folder
 from .model_card import licence_in, model_card
 from .shard_writer import DEFAULT_SHARD_SIZE, write_shards
@@ -22,7 +23,7 @@ from .shard_writer import DEFAULT_SHARD_SIZE, write_shards
 class StageBuilder:
     """
     Makes the model of one stage: without the blocks that it does not run, with what its adapter has learned merged
-    into the weights. The dense model is left as it is.
+    into the weights, and with zeros for what of a projected block does not run. The dense model is left as it is.
 
     Args:
         model (`nn.Module`): The dense model, wrapped by peft or not.
@@ -62,14 +63,19 @@ class StageBuilder:
             del self.empty.config.quantization_config
         self.empty.config.pdprune = plan.config_entry(stage, fingerprint)
         self._total = plan.num_hidden_layers
-        self._dense_names = shortened_names(self.merged, blocks_path(base), self._kept)
+        path, projected = blocks_path(base), plan.stage(stage).projected_blocks
+        self._dense_names = shortened_names(self.merged, path, self._kept)
+        # With these at zero any tool hands the hidden states of a projected block on as they are.
+        check_projectable(base, projected)
+        self._zero = tuple(f"{path}.{block}.{layer}." for block in projected for layer in idle_layers(base, block))
 
     def weights(self) -> dict[str, Callable[[], torch.Tensor]]:
         """By name, a function that computes the weight."""
         return {name: partial(self._weight, name, dense_name) for name, dense_name in self._dense_names.items()}
 
     def _weight(self, name: str, dense_name: str) -> torch.Tensor:
-        return shortened_tensor(name, self.merged[dense_name], self._kept, self._total)
+        weight = shortened_tensor(name, self.merged[dense_name], self._kept, self._total)
+        return torch.zeros_like(weight) if dense_name.startswith(self._zero) else weight
 
     def build(self) -> PreTrainedModel:
         """The stage's model in memory. Weights without an adapter are those of the dense model, not copies."""

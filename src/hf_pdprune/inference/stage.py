@@ -12,13 +12,15 @@ from ..blocks import bypass_blocks
 from ..fingerprint import model_fingerprint
 from ..pair_layout import served_stages
 from ..plan import PruningPlan
+from ..projected_blocks import project_blocks
 
 
 class Stage:
     """
     A model seen as one stage of a plan. The dense model becomes the stage while [`Stage.active`] lasts: its missing
     blocks are bypassed and the stage's adapter is applied. So both stages, and the dense teacher, share one copy of
-    the weights. A stage checkpoint is the stage already, a unified one either stage.
+    the weights. A stage checkpoint is the stage already, a unified one either stage; but of projected blocks, whose
+    other weights are zero there, only a `Stage` leaves out the work.
 
     Args:
         model ([`~transformers.PreTrainedModel`]): The dense model (with adapters or not), or a checkpoint of this
@@ -53,6 +55,8 @@ class Stage:
         self.module = model if module is None else module
         self.running_blocks = plan.kept_blocks(self.name)
         self.bypassed = tuple(index for index, block in enumerate(blocks) if block not in self.running_blocks)
+        projected = plan.stage(self.name).projected_blocks
+        self.projected = tuple(index for index, block in enumerate(blocks) if block in projected)
         self.fingerprint = model_fingerprint(model) if fingerprint is None else fingerprint
 
     def generation_setting(self, generate_kwargs: Mapping[str, Any], name: str) -> Any:
@@ -65,7 +69,8 @@ class Stage:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within this context the model is this stage."""
-        with bypass_blocks(self.model, self.bypassed), active_adapter(self.model, self.adapter):
+        bypassed = bypass_blocks(self.model, self.bypassed)
+        with bypassed, project_blocks(self.model, self.projected), active_adapter(self.model, self.adapter):
             yield
 
 

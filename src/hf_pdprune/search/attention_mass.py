@@ -11,10 +11,10 @@ from torch import nn
 
 from ..adapters import active_adapter
 from ..blocks import get_blocks, num_blocks
+from ..evaluating import evaluating
 from ..inference.stage import position_ids
 from ..kv import PromptWindow
 from .calibration import Calibration
-from .partial_forward import evaluating
 
 
 class AttentionMass:

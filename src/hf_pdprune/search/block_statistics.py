@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from ..adapters import active_adapter
 from ..artefact_file import read_json, write_artefact
 from ..blocks import get_blocks, num_blocks
+from ..evaluating import evaluating
 from ..inference.stage import position_ids
 from ..version import __version__
-from .partial_forward import evaluating
 
 
 logger = logging.getLogger(__name__)

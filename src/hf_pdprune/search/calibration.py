@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data import PromptCompletionCollator, tokenize_examples
+from ..evaluating import evaluating
 from ..fingerprint import model_fingerprint
 from ..inference import dense_forward
-from .partial_forward import evaluating
 
 
 logger = logging.getLogger(__name__)

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..adapters import active_adapter
 from ..blocks import bypass_blocks, get_blocks
+from ..evaluating import evaluating
 from .gap_fit import GapFit, TakenNeurons
 from .least_squares import LeastSquares
 from .mlp_neurons import MLPNeurons, linear_layers
-from .partial_forward import PartialForward, evaluating
+from .partial_forward import PartialForward
 
 
 # On so many tokens neurons are chosen; on all of them what they count.

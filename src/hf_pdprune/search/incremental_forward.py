@@ -21,6 +21,7 @@ from ..kv import KVPayload, PromptWindow
 from ..kv.observed_attention import observing
 from ..kv.token_choice import observed, select_per_head
 from ..plan import PruningPlan, StagePlan
+from ..projected_blocks import project_blocks
 from .calibration import Calibration, CalibrationBatch
 from .merged_pairs import MergedPairs
 from .partial_forward import PartialForward
@@ -145,8 +146,15 @@ class IncrementalForward:
         forward = self._forward(start, base.prefill_inputs[start] if start else None, keep)
         merged = self.merged_pairs.active(self.model, plan.prefill.merged_blocks)
         adapted = active_adapter(self.model, self.adapters.get("prefill"))
-        may_drop = [block for block in running if plan.kv.observed_tokens and not cache.layers[block].is_sliding]
-        with merged, bypass_blocks(self.model, plan.prefill.missing_blocks), adapted:
+        may_drop = [
+            block
+            for block in running
+            if plan.kv.observed_tokens
+            and not cache.layers[block].is_sliding
+            and block not in plan.prefill.projected_blocks
+        ]
+        projected = project_blocks(self.model, plan.prefill.projected_blocks)
+        with merged, bypass_blocks(self.model, plan.prefill.missing_blocks), projected, adapted:
             with observing(self.model, may_drop, cache, tensors["prompt_mask"], plan.kv.observed_tokens) as attention:
                 output = forward(
                     input_ids=tensors["prompt_ids"],
@@ -261,5 +269,6 @@ class IncrementalForward:
 def _first_difference(stage: StagePlan, other: StagePlan) -> int | None:
     """First block that one of two stages runs and the other does not, or runs otherwise."""
     missing = set(stage.missing_blocks) ^ set(other.missing_blocks)
+    missing |= set(stage.projected_blocks) ^ set(other.projected_blocks)
     merged = {block for pair in set(stage.merged_blocks) ^ set(other.merged_blocks) for block in pair}
     return min(missing | merged, default=None)

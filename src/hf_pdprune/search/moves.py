@@ -22,6 +22,8 @@ class Moves:
     into its neighbour, or the reverse. The one that goes is drawn by redundancy, or it is one near the one that comes
     back, so that runs of missing blocks grow, shrink and shift.
 
+    Under the relaxed subset rule prefill's choice is among all blocks, and decode may take back what prefill lacks.
+
     Args:
         operations ([`Operations`]): What may be done.
     """
@@ -35,28 +37,40 @@ class Moves:
         prefill, decode = missing_of(plan.prefill), missing_of(plan.decode)
         if self.operations.has_pairs and decode and rng.random() < _WAY_SHARE:
             return self._other_way(plan, prefill, decode, rng)
-        free = [block for block in self.operations.blocks if block not in decode]
+        # By kind: blocks that may come back, and blocks that may go for one of them.
+        blocks, relaxed = self.operations.blocks, self.operations.relaxed
         decode_only = sorted(decode.keys() - prefill.keys())
-        kinds = []
-        if free and prefill:
-            kinds.append("both")
-        if free and decode_only:
-            kinds.append("decode")
-        if prefill and decode_only:
-            kinds.append("prefill")
+        candidates = {
+            "both": (
+                sorted(prefill.keys() & decode.keys()),
+                [block for block in blocks if block not in decode and block not in prefill],
+            ),
+            "decode": (
+                sorted(decode) if relaxed else decode_only,
+                [block for block in blocks if block not in decode],
+            ),
+            "prefill": (
+                sorted(prefill),
+                [block for block in blocks if block not in prefill] if relaxed else decode_only,
+            ),
+        }
+        kinds = [kind for kind, (backs, goners) in candidates.items() if backs and goners]
         if not kinds:
             return plan
         kind = rng.choice(kinds)
-        back = rng.choice(decode_only if kind == "decode" else sorted(prefill))
-        gone = self._draw(back, decode_only if kind == "prefill" else free, decode.keys() - {back}, rng)
+        backs, goners = candidates[kind]
+        back = rng.choice(backs)
+        changed = prefill if kind == "prefill" else decode
+        gone = self._draw(back, goners, (decode if not relaxed else changed).keys() - {back}, rng)
         if kind == "prefill":
-            way = decode[gone]
+            way = decode.get(gone)
         else:
             del decode[back]
             way = self._way(gone, decode, rng)
             decode[gone] = way
         if kind != "decode":
             del prefill[back]
+        if kind != "decode" or gone in prefill:
             prefill[gone] = way
         return self.operations.plan(plan, prefill, decode) or plan
 

@@ -14,11 +14,11 @@ from accelerate.utils import reduce
 from torch import nn
 
 from ..adapters import active_adapter
+from ..evaluating import evaluating
 from ..plan import PruningPlan
 from .calibration import Calibration
 from .incremental_forward import BatchState, IncrementalForward
 from .merged_pairs import MergedPairs
-from .partial_forward import evaluating
 from .search_journal import SearchJournal
 
 

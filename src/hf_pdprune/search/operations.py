@@ -16,9 +16,9 @@ Missing = Mapping[int, int | None]
 
 
 def missing_of(stage: StagePlan) -> dict[int, int | None]:
-    """The operations of a stage."""
+    """The operations of a stage. Projected blocks are among the removed ones, told apart by that decode has them."""
     return {
-        **dict.fromkeys(stage.removed_blocks),
+        **dict.fromkeys((*stage.removed_blocks, *stage.projected_blocks)),
         **{absorbed: kept for kept, absorbed in stage.merged_blocks},
     }
 
@@ -62,13 +62,16 @@ class Operations:
     Args:
         removable (`Iterable[int]`): Blocks that may be removed outright, the most redundant first.
         pairs (`Iterable[tuple[int, int]]`): Pairs [kept, absorbed] that may be merged, of neighbours.
+        relaxed (`bool`, defaults to `False`): Whether prefill may do without blocks that decode has (the relaxed
+            subset rule): of these it computes keys and values alone.
 
     Attributes:
         blocks (`tuple[int, ...]`): Blocks that a stage can do without, the removable ones first.
     """
 
-    def __init__(self, removable: Iterable[int], pairs: Iterable[tuple[int, int]] = ()):
+    def __init__(self, removable: Iterable[int], pairs: Iterable[tuple[int, int]] = (), relaxed: bool = False):
         self.removable = tuple(removable)
+        self.relaxed = relaxed
         self._kept_for = {absorbed: kept for kept, absorbed in pairs}
         self.blocks = (*self.removable, *sorted(set(self._kept_for) - set(self.removable)))
 
@@ -97,28 +100,37 @@ class Operations:
 
     def plan(self, plan: PruningPlan, prefill: Missing, decode: Missing) -> PruningPlan | None:
         """`plan` with these operations, or `None` where they are impossible or break the subset rule."""
-        stages = [self.settled(missing) for missing in (prefill, decode)]
-        if None in stages or not set(prefill) <= set(decode):
+        prefill, decode = self.settled(prefill), self.settled(decode)
+        if prefill is None or decode is None:
             return None
-        return replace(plan, **dict(zip(("prefill", "decode"), map(_stage_plan, stages), strict=True)))
+        projected = prefill.keys() - decode.keys()
+        if projected and not (self.relaxed and all(prefill[block] is None for block in projected)):
+            return None
+        return replace(plan, prefill=_stage_plan(prefill, projected), decode=_stage_plan(decode))
 
-    def additions(self, plan: PruningPlan, both_stages: bool) -> list[PruningPlan]:
+    def additions(self, plan: PruningPlan, in_prefill: bool, in_decode: bool) -> list[PruningPlan]:
         """
-        Plans with one more block gone, from both stages or from decode alone: merged where it can be, which is nearly
-        always better, and else removed.
+        Plans with one more block gone from both stages or from one of them: merged where it can be, which is nearly
+        always better, and else removed, or projected where decode keeps it.
         """
         prefill, decode = missing_of(plan.prefill), missing_of(plan.decode)
         found = []
         for block in self.blocks:
-            if block in decode:
+            if in_prefill and block in prefill or in_decode and block in decode:
                 continue
-            for way in list(self.ways(block, decode))[:1]:
-                added = self.plan(plan, prefill | {block: way} if both_stages else prefill, decode | {block: way})
+            ways = [decode.get(block)] if not in_decode else list(self.ways(block, decode))[:1]
+            for way in ways:
+                gone = {block: way}
+                added = self.plan(
+                    plan,
+                    prefill | gone if in_prefill or block in prefill else prefill,
+                    decode | gone if in_decode else decode,
+                )
                 found += [] if added is None else [added]
         return found
 
 
-def _stage_plan(missing: Missing) -> StagePlan:
-    removed = sorted(block for block, kept in missing.items() if kept is None)
+def _stage_plan(missing: Missing, projected: Collection[int] = ()) -> StagePlan:
+    removed = sorted(block for block, kept in missing.items() if kept is None and block not in projected)
     merged = sorted((kept, block) for block, kept in missing.items() if kept is not None)
-    return StagePlan(tuple(removed), tuple(merged))
+    return StagePlan(tuple(removed), tuple(merged), tuple(sorted(projected)))

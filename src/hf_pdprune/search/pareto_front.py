@@ -31,7 +31,7 @@ class ParetoPoint:
     @property
     def num_prefill_blocks(self) -> int:
         """Blocks that prefill does without."""
-        return len(self.plan.prefill.missing_blocks)
+        return len(self.plan.prefill.skipped_blocks)
 
     @property
     def num_decode_blocks(self) -> int:

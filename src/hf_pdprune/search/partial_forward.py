@@ -1,7 +1,6 @@
 """PartialForward: calls a model from the middle, and keeps hidden states for the next such call."""
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,16 +69,3 @@ class PartialForward:
             self.recorded[number] = states.to(self.record_dtype or states.dtype)
 
         return hook
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within this context nothing is differentiated and every module is in eval mode; each one's mode is restored."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

@@ -36,6 +36,10 @@ class SearchConfig:
             KL to the dense model per completion token, on the calibration set and before healing, that is not to be
             passed: blocks go as long as it is kept, from prefill too at first and then from decode alone. The numbers
             of blocks, where they are given, are then the most that go.
+        relaxed_subset_rule (`bool`, *optional*, defaults to `False`):
+            Whether prefill may skip blocks that decode keeps, and more of them than decode. Prefill then projects the
+            hidden states that pass by to such a block's keys and values, a twentieth to a sixth of the block's work,
+            and leaves out the rest; in targets and numbers of blocks it counts as lost.
         distillation_threshold (`float`, *optional*, defaults to `0.95`):
             Blocks at least as redundant as this (mean cosine similarity of input and output) may be removed outright.
             Where these are too few, the next most redundant ones may be too.
@@ -120,6 +124,12 @@ class SearchConfig:
     max_kl: float | None = field(
         default=None,
         metadata={"help": "KL per completion token, before healing, up to which blocks go, as many as are allowed."},
+    )
+    relaxed_subset_rule: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether prefill may skip blocks that decode keeps; it then computes their keys and values alone."
+        },
     )
     distillation_threshold: float = field(
         default=0.95, metadata={"help": "Blocks at least as redundant as this may be removed outright."}
@@ -222,10 +232,15 @@ class SearchConfig:
                 raise ValueError(f"{target} must be at least 1, got {speedup}")
             if speedup is not None and getattr(self, count):
                 raise ValueError(f"{target} and {count} exclude each other")
-        if self.target_tpot_speedup is None and self.num_decode_blocks < self.num_prefill_blocks:
+        if (
+            self.target_tpot_speedup is None
+            and self.num_decode_blocks < self.num_prefill_blocks
+            and not self.relaxed_subset_rule
+        ):
             raise ValueError(
                 f"num_decode_blocks ({self.num_decode_blocks}) must be at least num_prefill_blocks "
-                f"({self.num_prefill_blocks}): blocks missing in prefill are missing in decode too"
+                f"({self.num_prefill_blocks}): blocks missing in prefill are missing in decode too (but with "
+                "relaxed_subset_rule)"
             )
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.strategy!r}")
@@ -242,8 +257,9 @@ class SearchConfig:
             raise ValueError(f"max_kl must be positive, got {self.max_kl}")
         if self.max_kl is not None and self.strategy not in STEPWISE_STRATEGIES:
             raise ValueError(f"max_kl needs a strategy that goes block by block: {', '.join(STEPWISE_STRATEGIES)}")
-        if self.merge_pairs and self.strategy != "annealing":
-            raise ValueError(f"merge_pairs needs the strategy annealing, got {self.strategy!r}")
+        for name in ("merge_pairs", "relaxed_subset_rule"):
+            if getattr(self, name) and self.strategy != "annealing":
+                raise ValueError(f"{name} needs the strategy annealing, got {self.strategy!r}")
         for name in ("annealing_share", "search_confidence"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -16,6 +16,7 @@ from torch import nn
 from ..blocks import num_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
+from ..projected_blocks import check_projectable
 from .baselines import contiguous_group, end_group, one_shot, random_blocks
 from .block_statistics import BlockStatistics
 from .calibration import Calibration
@@ -85,7 +86,10 @@ def search_plan(
         target_tpot_speedup=None,
     )
     config.check_model(total)
-    removable = removable_blocks(statistics, config, at_least=0 if config.max_kl is not None else num_decode)
+    needed = max(num_prefill, num_decode)
+    removable = removable_blocks(statistics, config, at_least=0 if config.max_kl is not None else needed)
+    if config.relaxed_subset_rule:
+        check_projectable(model, removable)
     begun = time.perf_counter()
     # What cannot be met is found before anything is spent: which blocks are removed changes nothing about it.
     needs_window = bool(config.num_token_aware_blocks) or config.target_kv_reduction is not None
@@ -96,8 +100,10 @@ def search_plan(
         example = one_shot(objective, removable, config) if config.max_kl is None else objective.dense_plan
         selection.count(example, selection.candidates(example))
 
-    plan, steps = _choose_blocks(objective, Operations(removable, merged_pairs.pairs), config)
-    lost = len(plan.prefill.missing_blocks), len(plan.decode.missing_blocks)
+    plan, steps = _choose_blocks(
+        objective, Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule), config
+    )
+    lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
     if (
         asked.target_ttft_speedup is not None
         and lost[0] < num_prefill

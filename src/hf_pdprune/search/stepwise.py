@@ -45,7 +45,8 @@ class Step:
 
 class StepwiseSearch:
     """
-    Finds plans with one block after the other gone: first from both stages, then from decode alone.
+    Finds plans with one block after the other gone: first from both stages, then from decode alone, or, under the
+    relaxed subset rule, from prefill alone where it is to lose more.
 
     The greedy path, exact, takes the best addition to the plan before it each time; with removals only it is SLEB
     (arXiv 2402.09025) for each stage. With annealing there is a second path beside it: each of its steps starts from
@@ -71,7 +72,7 @@ class StepwiseSearch:
         self.annealing_share = config.annealing_share if annealing else 0.0
         self.plain_block_tokens = 0
         self.refused: list[Step] = []
-        self._last_cost: dict[tuple[int, int | None], float] = {}
+        self._last_cost: dict[tuple[bool, int, int | None], float] = {}
 
     def run(self, num_prefill_blocks: int, num_decode_blocks: int, max_kl: float = math.inf) -> list[Step]:
         """
@@ -85,40 +86,50 @@ class StepwiseSearch:
         """
         steps: list[Step] = []
         plan = greedy = self.objective.dense_plan
-        both = num_prefill_blocks > 0
+        goals = {
+            "both stages": (num_prefill_blocks, num_decode_blocks),
+            "decode": (0, num_decode_blocks),
+            "prefill": (num_prefill_blocks if self.operations.relaxed else 0, 0),
+        }
+        if not all(goals["both stages"]):
+            del goals["both stages"]
         with tqdm(
-            total=num_decode_blocks,
-            desc="Blocks out of both stages" if both else "Blocks out of decode",
+            total=max(num_prefill_blocks, num_decode_blocks),
             unit="block",
-            disable=not num_decode_blocks or not PartialState().is_main_process,
+            disable=not (num_prefill_blocks or num_decode_blocks) or not PartialState().is_main_process,
             miniters=0,  # an update by nothing, after every batch, lets the clock of the bar go on
             mininterval=1.0,
         ) as progress:
-            while len(plan.decode.missing_blocks) < num_decode_blocks:
-                if both and len(plan.prefill.missing_blocks) == num_prefill_blocks:
-                    both = False
-                    progress.set_description("Blocks out of decode")
-                if not (additions := self.operations.additions(greedy, both)):
-                    break
-                next_greedy, step = self._step(greedy, additions, plan, both, progress)
-                if step.energy > max_kl:
-                    self.refused.append(step)
-                    if not both:
-                        break
-                    both = False  # prefill can lose no more; perhaps decode can
+            for name, (from_prefill, from_decode) in goals.items():
+                stages = from_prefill > 0, from_decode > 0
+                if not any(stages):
                     continue
-                steps.append(step)
-                plan, greedy = step.plan, next_greedy
-                progress.update()
-                progress.set_postfix(energy=f"{step.energy:.4f}", blocks=plan.decode.missing_blocks)
+                progress.set_description(f"Blocks out of {name}")
+                while not _is_reached(plan, from_prefill, from_decode):
+                    if not (additions := self.operations.additions(greedy, *stages)):
+                        break
+                    next_greedy, step = self._step(greedy, additions, plan, stages, progress)
+                    if step.energy > max_kl:  # these stages can lose no more; perhaps the next ones can
+                        self.refused.append(step)
+                        break
+                    steps.append(step)
+                    plan, greedy = step.plan, next_greedy
+                    progress.update()
+                    progress.set_postfix(energy=f"{step.energy:.4f}", blocks=plan.decode.missing_blocks)
         return steps
 
     def _step(
-        self, greedy: PruningPlan, additions: list[PruningPlan], plan: PruningPlan, both: bool, progress: tqdm
+        self,
+        greedy: PruningPlan,
+        additions: list[PruningPlan],
+        plan: PruningPlan,
+        stages: tuple[bool, bool],
+        progress: tqdm,
     ) -> tuple[PruningPlan, Step]:
         """The greedy plan with one block less, and the step of the path beside it."""
-        objective = self.objective
-        left = sum(block not in greedy.decode.missing_blocks for block in self.operations.removable)
+        objective, operations = self.objective, self.operations
+        shortened = greedy.decode if stages[1] else greedy.prefill
+        left = sum(block not in shortened.skipped_blocks for block in operations.removable)
         plain = left * objective.plain_block_tokens(additions[0])
         self.plain_block_tokens += plain
         objective.accept(greedy)
@@ -126,10 +137,10 @@ class StepwiseSearch:
         self._note(greedy, additions)
         best, energy = start, greedy_energy
         # Of single blocks the best is known already.
-        single = len(start.decode.missing_blocks) == 1 and not self.operations.has_pairs
-        if self.annealing_share and not single:
+        single = max(len(start.prefill.skipped_blocks), len(start.decode.missing_blocks)) == 1
+        if self.annealing_share and not (single and not operations.has_pairs and not operations.relaxed):
             with objective.estimating(self.config.search_share, self.config.search_confidence or None):
-                found = self._anneal(start, plan, both, round(self.annealing_share * plain), progress)
+                found = self._anneal(start, plan, stages, round(self.annealing_share * plain), progress)
             objective.accept(found)
             if (found_energy := objective.energy(found)) < energy:  # else the part has misled
                 best, energy = found, found_energy
@@ -148,14 +159,16 @@ class StepwiseSearch:
             if (bound := self.objective.lower_bound(addition)) > 0:
                 self._last_cost[_added(plan, addition)] = max(bound - energy, 0.0)
 
-    def _anneal(self, greedy: PruningPlan, plan: PruningPlan, both: bool, budget: int, progress: tqdm) -> PruningPlan:
+    def _anneal(
+        self, greedy: PruningPlan, plan: PruningPlan, stages: tuple[bool, bool], budget: int, progress: tqdm
+    ) -> PruningPlan:
         """The best of some annealings, from `greedy` or the best addition to `plan`."""
         objective, config, begun = self.objective, self.config, self.objective.cost.total
-        additions = self.operations.additions(plan, both)
+        additions = self.operations.additions(plan, *stages)
         objective.accept(plan)
         beside, _ = objective.best_of(additions, progress.update, self._expected(plan, additions))
         start = min((greedy, beside), key=objective.energy)
-        found, size = [start], f"{len(start.prefill.missing_blocks)}/{len(start.decode.missing_blocks)}"
+        found, size = [start], f"{len(start.prefill.skipped_blocks)}/{len(start.decode.missing_blocks)}"
         budget = max(budget - (objective.cost.total - begun), 0)
         for restart in range(config.num_restarts):
             search = AnnealingSearch(
@@ -170,8 +183,16 @@ class StepwiseSearch:
         return min(found, key=objective.energy)
 
 
-def _added(plan: PruningPlan, addition: PruningPlan) -> tuple[int, int | None]:
-    """The operation by which `addition` goes beyond `plan`."""
-    before, after = missing_of(plan.decode), missing_of(addition.decode)
+def _is_reached(plan: PruningPlan, from_prefill: int, from_decode: int) -> bool:
+    """Whether a stage that is to lose blocks has lost as many."""
+    return (0 < from_prefill <= len(plan.prefill.skipped_blocks)) or (
+        0 < from_decode <= len(plan.decode.missing_blocks)
+    )
+
+
+def _added(plan: PruningPlan, addition: PruningPlan) -> tuple[bool, int, int | None]:
+    """The operation by which `addition` goes beyond `plan`: whether decode loses a block, which one, and how."""
+    in_decode = plan.decode != addition.decode
+    before, after = (missing_of(p.decode if in_decode else p.prefill) for p in (plan, addition))
     (block,) = after.keys() - before.keys()
-    return block, after[block]
+    return in_decode, block, after[block]

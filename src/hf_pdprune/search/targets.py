@@ -33,6 +33,8 @@ def num_blocks_to_remove(model: nn.Module, config: SearchConfig) -> tuple[int, i
         decode = _fewest("target_tpot_speedup", config.target_tpot_speedup, sizes, head, most)
     if config.max_kl is not None and not prefill and not decode:
         return most, most
+    if config.relaxed_subset_rule:
+        return prefill, decode
     if config.target_ttft_speedup is not None:
         decode = max(prefill, decode)
     if decode < prefill:

@@ -69,7 +69,10 @@ class TokenAwareBlocks:
     def candidates(self, plan: PruningPlan) -> tuple[int, ...]:
         """Blocks that decode runs and whose cache can be shortened: a sliding window is bounded already."""
         layers = DynamicCache(config=self.objective.model.config).layers
-        return tuple(block for block in plan.kept_blocks("decode") if not layers[block].is_sliding)
+        silent = plan.prefill.projected_blocks if self.config.token_choice == "attention" else ()
+        return tuple(
+            block for block in plan.kept_blocks("decode") if not layers[block].is_sliding and block not in silent
+        )
 
     def count(self, plan: PruningPlan, candidates: tuple[int, ...]) -> int:
         """How many blocks have to be token-aware."""

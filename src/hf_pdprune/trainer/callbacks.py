@@ -26,8 +26,8 @@ class BlockRemovalCallback(TrainerCallback):
 
     Args:
         plan ([`PruningPlan`]): What is removed in the end.
-        rounds (`int`): Number of rounds; each removes about as many blocks of decode as the others, and those of them
-            that prefill does without.
+        rounds (`int`): Number of rounds; each takes about as many blocks as the others, those that both stages lose
+            first, then those that prefill projects, then those that decode alone loses.
         fraction (`float`): Part of all steps by which the last round has begun.
         fade_steps (`int`): Steps over which what a block adds to the hidden states is scaled from 1 to 0 before it is
             removed; 0 removes it at once.
@@ -57,7 +57,8 @@ class BlockRemovalCallback(TrainerCallback):
         # What both stages lose goes first: decode then never waits for KV entries that prefill stops computing.
         both = [block for block in plan.decode.missing_blocks if block in plan.prefill.missing_blocks]
         decode_only = [block for block in plan.decode.missing_blocks if block not in both]
-        gone = set((both + decode_only)[: math.ceil(number * len(both + decode_only) / self.rounds)])
+        blocks = [*both, *plan.prefill.projected_blocks, *decode_only]
+        gone = set(blocks[: math.ceil(number * len(blocks) / self.rounds)])
         return replace(plan, prefill=_restricted(plan.prefill, gone), decode=_restricted(plan.decode, gone))
 
     def round_at(self, step: int, max_steps: int) -> int:
@@ -102,7 +103,7 @@ class BlockRemovalCallback(TrainerCallback):
         before, after = self.current_plan, self.plans[-1]
         return {
             stage: dict.fromkeys(
-                sorted(set(after.stage(stage).missing_blocks) - set(before.stage(stage).missing_blocks)), scale
+                sorted(set(after.stage(stage).skipped_blocks) - set(before.stage(stage).skipped_blocks)), scale
             )
             for stage in ("prefill", "decode")
         }
@@ -162,6 +163,7 @@ def _restricted(stage: StagePlan, gone: set[int]) -> StagePlan:
     return StagePlan(
         tuple(block for block in stage.removed_blocks if block in gone),
         tuple(pair for pair in stage.merged_blocks if pair[1] in gone),
+        tuple(block for block in stage.projected_blocks if block in gone),
     )
 
 

@@ -64,7 +64,8 @@ class HiddenMatching:
 
 def _pairs(plan: PruningPlan, stage: str, blocks: Sequence[int] | None) -> list[tuple[int, int]]:
     """Kept blocks with the block of the dense model after which its hidden states should be the same."""
-    kept = plan.kept_blocks(stage)
+    skipped = plan.stage(stage).skipped_blocks
+    kept = [block for block in range(plan.num_hidden_layers) if block not in skipped]
     followers = [*kept[1:], plan.num_hidden_layers]
     pairs = [(block, follower - 1) for block, follower in zip(kept, followers, strict=True)]
     if blocks is None:

@@ -23,8 +23,8 @@ class LocalDistillation:
 
     def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters):
         self.model = model
-        self.missing_blocks = {
-            adapter: plan.stage(adapters.stages_of(adapter)[0]).missing_blocks for adapter in adapters.trained
+        self.skipped_blocks = {
+            adapter: plan.stage(adapters.stages_of(adapter)[0]).skipped_blocks for adapter in adapters.trained
         }
 
     def fit(self, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
@@ -39,15 +39,15 @@ class LocalDistillation:
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, self._device)
         fit = ResidualFit(self.model, tokens)
-        for adapter, missing in self.missing_blocks.items():
-            fit.fit(missing, adapter)
+        for adapter, skipped in self.skipped_blocks.items():
+            fit.fit(skipped, adapter)
 
     def freeze(self) -> None:
         """Lets the layers that are fitted learn no more. A resumed training, too, freezes them: it needs no data."""
         few = torch.arange(min(8, self.model.config.get_text_config().vocab_size), device=self._device)
         fit = ResidualFit(self.model, [few.unsqueeze(0)])
-        for adapter, missing in self.missing_blocks.items():
-            for parameter in fit.fitted_parameters(missing, adapter):
+        for adapter, skipped in self.skipped_blocks.items():
+            for parameter in fit.fitted_parameters(skipped, adapter):
                 parameter.requires_grad_(False)
 
     @property

@@ -239,11 +239,11 @@ class PDPruneConfig(SFTConfig):
         prefill, decode = plan.prefill, plan.decode
         for checkpoint in STAGE_ADAPTERS[self.stage].layout:
             plan.stage(checkpoint)  # raises if the plan has none
-        if self.search_in_rounds and (prefill.merged_blocks or decode.merged_blocks):
+        if self.search_in_rounds and (prefill.merged_blocks or decode.merged_blocks or prefill.projected_blocks):
             raise ValueError(
-                "search_in_rounds chooses blocks to remove; the plan merges some, so it has to be taken as it is"
+                "search_in_rounds chooses blocks to remove; the plan merges or projects some, so it has to be taken "
+                "as it is"
             )
-        kept = plan.kept_blocks("prefill")
-        wrong = [block for block in self.hidden_matching_blocks or () if block not in kept]
+        wrong = [block for block in self.hidden_matching_blocks or () if block in prefill.skipped_blocks]
         if wrong:
             raise ValueError(f"hidden_matching_blocks: block {wrong[0]} is not one that prefill keeps")

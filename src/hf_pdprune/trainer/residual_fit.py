@@ -49,7 +49,7 @@ class ResidualFit:
         Fits one stage.
 
         Args:
-            missing_blocks (`Collection[int]`): Blocks that the stage does without.
+            missing_blocks (`Collection[int]`): Blocks that add nothing to the stage's hidden states.
             adapter (`str`): The stage's adapter. In the fitted layers it learns anew.
 
         Returns:

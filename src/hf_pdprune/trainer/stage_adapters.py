@@ -12,6 +12,7 @@ from ..adapters import adapter_parameters
 from ..blocks import blocks_path, get_blocks
 from ..pair_layout import DISAGGREGATED, STAGES, UNIFIED
 from ..plan import PruningPlan
+from ..projected_blocks import idle_layers
 from .residual_fit import fitted_layers
 
 
@@ -59,7 +60,8 @@ class StageAdapters:
             model (`nn.Module`): The dense model, or a `PeftModel` of it.
             plan ([`PruningPlan`]): What the stages do without in the end.
             config ([`~peft.PeftConfig`]): Config of every adapter.
-            skip_missing_blocks (`bool`): Whether blocks that the adapter's stages do not have get no adapter.
+            skip_missing_blocks (`bool`): Whether blocks that the adapter's stages do not have, and what of a projected
+                block does not run, get no adapter.
             fitted_rank (`int`, *optional*): Rank in the layers that [`ResidualFit`] may set, where they have another.
             peft_kwargs: For `get_peft_model`.
 
@@ -71,12 +73,16 @@ class StageAdapters:
             if name in getattr(model, "peft_config", {}):
                 continue
             own = copy.deepcopy(config)
-            kept = {block for stage in self.stages_of(name) for block in plan.kept_blocks(stage)}
-            missing = sorted(set(range(plan.num_hidden_layers)) - kept)
-            if skip_missing_blocks and missing:
-                own.exclude_modules = rf"{re.escape(path)}\.({'|'.join(map(str, missing))})\..*"
+            parts = [plan.stage(stage) for stage in self.stages_of(name)]
+            missing = set.intersection(*(set(part.missing_blocks) for part in parts))
+            skipped = set.intersection(*(set(part.skipped_blocks) for part in parts))
+            if skip_missing_blocks and skipped:
+                idle = [rf"{block}\..*" for block in sorted(missing)]
+                for block in sorted(skipped - missing):
+                    idle += [rf"{block}\.{re.escape(layer)}" for layer in idle_layers(model, block)]
+                own.exclude_modules = rf"{re.escape(path)}\.({'|'.join(idle)})"
             if fitted_rank is not None:
-                _set_fitted_rank(own, [f"{path}.{layer}" for layer in fitted_layers(model, missing)], fitted_rank)
+                _set_fitted_rank(own, [f"{path}.{layer}" for layer in fitted_layers(model, skipped)], fitted_rank)
             if isinstance(model, PeftModel):
                 model.add_adapter(name, own)
             else:

@@ -1,0 +1,252 @@
+"""Projected blocks: prefill computes their keys and values for decode, and nothing else of them."""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Cache, DynamicCache
+
+from .adapters import active_adapter, adapter_layers
+from .blocks import (
+    BypassedBlock,
+    block_behind,
+    bypass_blocks,
+    check_block_numbers,
+    get_attention,
+    get_blocks,
+    num_block_outputs,
+)
+from .evaluating import evaluating
+
+
+# What projects queries alone, within an attention module. Where one layer makes queries, keys and values, it runs.
+_QUERY_LAYERS = ("q_proj",)
+_PROBE_TOKENS = 3
+
+
+class _Written(Exception):
+    """The block has written into the cache."""
+
+
+class ProjectedBlock(BypassedBlock):
+    """
+    Stands in for a block whose keys and values somebody needs, but whose output nobody does: the hidden states that
+    arrive are hidden states that leave, and on their way the block's own norm and projections, rotation included,
+    write keys and values into the cache. So it works for whatever way an architecture makes them.
+
+    The block runs up to the moment in which it has written, but for the query projection where it is a layer of its
+    own. Blocks whose weights are partitioned (ZeRO-3, FSDP) run to their end, since what gathers their weights waits
+    for that: right, but nothing is saved.
+
+    Args:
+        block (`nn.Module`): The block.
+        num_outputs (`int` or `None`): As for [`BypassedBlock`].
+    """
+
+    def __init__(self, block: nn.Module, num_outputs: int | None):
+        super().__init__(block, num_outputs)
+        inner = self.block = block_behind(block)  # a submodule, unlike a bypassed one: it runs, adapters and all
+        self.stops_early = not any(_is_partitioned(parameter) for parameter in inner.parameters())
+        children = get_attention(inner).named_children()
+        # A list, so that the layer is no submodule of the stand-in.
+        self.query_layers = [layer for name, layer in children if name in _QUERY_LAYERS]
+
+        @functools.wraps(inner.forward)  # who looks for an argument's place finds the block's
+        def forward(*args: Any, **kwargs: Any) -> torch.Tensor | tuple:
+            for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
+                self._write(cache, args, kwargs)
+            return BypassedBlock.forward(self, *args, **kwargs)
+
+        self.forward = forward
+
+    def _write(self, cache: Cache, args: tuple, kwargs: dict) -> None:
+        """Runs the block until it has written into the cache."""
+        inner = self.block
+        with ExitStack() as contexts:
+            written = contexts.enter_context(_watching(cache, self.stops_early))
+            if not self.stops_early:
+                inner(*args, **kwargs)
+            else:
+                for layer in self.query_layers:
+                    contexts.enter_context(_giving_zeros(layer))
+                try:
+                    # Not called as a module: activation checkpointing would run it with another cache.
+                    inner.forward(*args, **kwargs)
+                except _Written:
+                    pass
+        if not written:
+            raise ValueError(f"{type(inner).__name__} does not write into the KV cache: it cannot be projected")
+
+
+@contextmanager
+def project_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
+    """
+    Within this context the given blocks write their keys and values into the cache, if there is one, and hand their
+    input on unchanged. Everything is restored afterwards. Contexts nest, with [`bypass_blocks`] too.
+
+    Args:
+        model (`nn.Module`): A causal language model.
+        blocks (`Iterable[int]`): Numbers of the blocks, as they are counted in this model.
+
+    Raises:
+        `ValueError`: If a number is out of range or named twice, or if a block has no attention with a KV cache.
+    """
+    block_list = get_blocks(model)
+    numbers = check_block_numbers(blocks, len(block_list), "project_blocks")
+    if not numbers:
+        yield
+        return
+    num_outputs = num_block_outputs(model)
+    originals = {number: block_list[number] for number in numbers}
+    stand_ins = {number: ProjectedBlock(block, num_outputs) for number, block in originals.items()}
+    try:
+        for number, block in stand_ins.items():
+            block_list[number] = block
+        yield
+    finally:
+        for number, block in originals.items():
+            block_list[number] = block
+
+
+def idle_layers(model: nn.Module, block: int) -> list[str]:
+    """
+    What of a projected block does not run: the layers behind its cache, and the one that projects queries alone.
+
+    Args:
+        model (`nn.Module`): A causal language model, wrapped by peft or not.
+        block (`int`): The block's number.
+
+    Returns:
+        `list[str]`: Names, within the block, of the modules that have weights of their own. What peft adds to a
+        module belongs to it.
+    """
+    inner = block_behind(get_blocks(model)[block])
+    adapted = tuple(f"{name}." for name in adapter_layers(inner))
+    layers = {
+        name: module
+        for name, module in inner.named_modules()
+        if f"{name}." in adapted
+        or next(module.parameters(recurse=False), None) is not None
+        and not name.startswith(adapted)
+    }
+    ran: set[str] = set()
+    cache = DynamicCache(config=model.config)
+    with ExitStack() as contexts:
+        contexts.enter_context(project_blocks(model, (block,)))
+        stand_in = get_blocks(model)[block]
+        written = contexts.enter_context(_watching(cache, stop=False))
+
+        def note(layer: nn.Module, *_: Any) -> None:
+            if not written:
+                ran.add(names[layer])
+
+        names = {layer: name for name, layer in layers.items()}
+        for layer in layers.values():
+            contexts.callback(layer.register_forward_pre_hook(note).remove)
+        _probe(model, block, cache)
+        skipped = {names[layer] for layer in stand_in.query_layers if stand_in.stops_early}
+    return [name for name in layers if name not in ran or name in skipped]
+
+
+def check_projectable(model: nn.Module, blocks: Sequence[int]) -> None:
+    """
+    Raises a `ValueError` where a block would not write the keys and values that it does write and hand its input on as
+    it is, when it is projected, or when what is idle then has weights of zero, as in a checkpoint.
+    """
+    for block in blocks:
+        inner = block_behind(get_blocks(model)[block])
+        if any(map(_is_partitioned, inner.parameters())):
+            continue
+        keys, values, *_ = _probe(model, block, DynamicCache(config=model.config))
+        with project_blocks(model, (block,)):
+            results = [_probe(model, block, DynamicCache(config=model.config))]
+        with _without_weights([inner.get_submodule(name) for name in idle_layers(model, block)]):
+            results.append(_probe(model, block, DynamicCache(config=model.config)))
+        for found_keys, found_values, states, handed_on in results:
+            same = torch.equal(found_keys, keys) and torch.equal(found_values, values)
+            if not same or not torch.equal(states, handed_on):
+                raise ValueError(
+                    f"block {block} of {type(model).__name__} cannot be projected: without its attention and MLP it "
+                    "does not hand hidden states on as they are, or writes other keys and values"
+                )
+
+
+def _probe(model: nn.Module, block: int, cache: Cache) -> tuple[torch.Tensor, ...]:
+    """Keys and values that one block writes when it runs alone on a few tokens, and its input and output."""
+    seen: list[torch.Tensor] = []
+
+    def note(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor | tuple) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = get_blocks(model)
+    num_block_outputs(model)  # it runs the model for that, the first time
+    handle = blocks[block].register_forward_hook(note, with_kwargs=True)
+    try:
+        others = (number for number in range(len(blocks)) if number != block)
+        with evaluating(model), active_adapter(model, None), bypass_blocks(model, others):
+            ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+    finally:
+        handle.remove()
+    return cache.layers[block].keys, cache.layers[block].values, *seen
+
+
+def _is_partitioned(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_status") or isinstance(parameter, DTensor)
+
+
+@contextmanager
+def _watching(cache: Cache, stop: bool) -> Iterator[list[bool]]:
+    """Within this context the yielded list is filled as soon as something is written, and with `stop` that raises."""
+    written: list[bool] = []
+    update = cache.update
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        result = update(*args, **kwargs)
+        written.append(True)
+        if stop:
+            raise _Written
+        return result
+
+    with _own_attribute(cache, "update", watched):
+        yield written
+
+
+def _giving_zeros(layer: nn.Module) -> AbstractContextManager[None]:
+    """Within this context a linear layer gives zeros, for nothing."""
+
+    def forward(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return states.new_zeros(1).expand(*states.shape[:-1], layer.out_features)
+
+    return _own_attribute(layer, "forward", forward)
+
+
+@contextmanager
+def _own_attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
+    """Within this context an object, not its class, has another value."""
+    there, before = name in vars(thing), vars(thing).get(name)
+    try:
+        setattr(thing, name, value)
+        yield
+    finally:
+        delattr(thing, name)
+        if there:
+            setattr(thing, name, before)
+
+
+@contextmanager
+def _without_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within this context the weights of the modules are zero."""
+    weights = {parameter: parameter.data for module in modules for parameter in module.parameters()}
+    try:
+        for parameter in weights:
+            parameter.data = torch.zeros_like(parameter.data)
+        yield
+    finally:
+        for parameter, data in weights.items():
+            parameter.data = data
