@@ -15,6 +15,7 @@ import statistics as stats
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,11 @@ class StudyArguments:
     batch_size: int = field(default=4, metadata={"help": "Examples per forward."})
     annealing_share: float = field(default=0.15, metadata={"help": "As for recipes/prune.py."})
     merge_rank: int = field(default=64, metadata={"help": "As for recipes/prune.py."})
-    merge_text: str | None = field(
-        default=None, metadata={"help": "Text that pairs are distilled on, not that of the others: source[:split]."}
+    merge_text: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Texts that pairs are distilled on, a row of each in turn, not the others': source[:split]."
+        },
     )
     merge_tokens: int = field(default=32768, metadata={"help": "As for recipes/prune.py."})
 
@@ -112,6 +116,9 @@ class Study:
         self.folder = Path(args.output_dir)
         self.path = self.folder / "results.json"
         self.rows: list[dict[str, Any]] = read_json(self.path) if self.path.is_file() else []
+        places = [named.partition(":") for named in args.merge_text]
+        # Read at once: what is wrong with it should not be found out after hours.
+        self.merge_text = [load_text(source, split or "train") for source, _, split in places]
         self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         self.model = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype=torch.float32, use_safetensors=True
@@ -186,9 +193,9 @@ class Study:
         if (self.folder / MERGED_PAIRS_FILE_NAME).is_file():
             return MergedPairs.from_pretrained(self.folder, self.model)
         absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
-        source, _, split = self.args.merge_text.partition(":")
-        rows = tokenize_rows(load_text(source, split or "train"), self.tokenizer)
-        input_ids = pack_tokens(rows, self.args.merge_tokens, device=self.model.device)
+        rows = (row for group in zip_longest(*self.merge_text) for row in group if row is not None)
+        tokens = tokenize_rows(rows, self.tokenizer)
+        input_ids = pack_tokens(tokens, self.args.merge_tokens, device=self.model.device)
         pairs = MergedPairs.distil(self.model, input_ids, absorbed, self.args.merge_rank)
         pairs.save_pretrained(self.folder)
         return pairs

@@ -306,6 +306,60 @@ class TestTokenChoice:
         )
 
 
+class TestProjectedBlocks:
+    """The relaxed subset rule."""
+
+    @pytest.fixture
+    def relaxed(self, plan):
+        return replace(plan, prefill=StagePlan((17, 13), (), (9, 3)))
+
+    def test_prefill_has_them_and_skips_their_work(self, relaxed):
+        assert relaxed.prefill.projected_blocks == (3, 9)
+        assert relaxed.prefill.missing_blocks == (13, 17) and relaxed.prefill.skipped_blocks == (3, 9, 13, 17)
+        assert {3, 9} <= set(relaxed.kept_blocks("prefill")) and len(relaxed.kept_blocks("prefill")) == 28
+
+    def test_round_trip_and_digest(self, plan, relaxed):
+        assert PruningPlan.from_dict(relaxed.to_dict()) == relaxed
+        assert relaxed.digest != plan.digest
+        # Plans without any are what versions that know nothing of it have written, and read.
+        assert "projected_blocks" not in plan.to_dict()["prefill"]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (
+                {"prefill": StagePlan((13,), (), (13,))},
+                "prefill.projected_blocks: block 13 is removed or merged there",
+            ),
+            ({"prefill": StagePlan((), (), (16,))}, "prefill.projected_blocks: block 16 is missing in decode"),
+            ({"prefill": StagePlan((), (), (30,))}, "prefill.projected_blocks: block 30 is not one of the 30 blocks"),
+            ({"prefill": StagePlan((13,), (), tuple(set(range(30)) - {13, 16, 17, 21}))}, None),
+            ({"decode": StagePlan((13, 17), (), (3,))}, "decode.projected_blocks: only prefill"),
+            (
+                {"kv": KVPlan((3,), token_choice="attention")},
+                "block 3 is token-aware, and with token_choice attention",
+            ),
+        ],
+    )
+    def test_wrong_ones_are_named(self, relaxed, change, message):
+        if message is None:  # prefill may skip all blocks but one
+            assert len(replace(relaxed, **change).prefill.skipped_blocks) == 27
+            return
+        with pytest.raises(ValueError, match=message):
+            replace(relaxed, **change)
+
+    def test_one_block_has_to_run(self):
+        with pytest.raises(ValueError, match="prefill removes or projects all 3 blocks"):
+            PruningPlan("base", "llama", 3, prefill=StagePlan((0,), (), (1, 2)), decode=StagePlan((0,)))
+
+    def test_they_are_handed_over_like_others(self, plan, relaxed):
+        assert relaxed.kv_reduction(1024) == plan.kv_reduction(1024)
+
+    def test_the_stages_of_a_unified_model_are_the_same(self, relaxed):
+        with pytest.raises(ValueError, match="a unified model needs a plan"):
+            replace(relaxed, decode=relaxed.prefill and StagePlan((13, 17))).stage("unified")
+
+
 class TestKVReduction:
     def test_by_blocks_and_by_tokens(self, plan):
         # 26 of 30 blocks; three of them send 128 of 1024 tokens.

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -59,6 +60,14 @@ def test_report_is_made_from_artefacts_alone(tmp_path):
     assert "(pruning_plan.png)" in report and (tmp_path / "pruning_plan.png").read_bytes().startswith(PNG)
     assert "- seed: 7" in report and "start 0.5, result 0.25" in report and "history" not in report
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_projected_blocks_are_named(tmp_path):
+    replace(PLAN, prefill=StagePlan((2,), (), (1, 5))).save_pretrained(tmp_path)
+    write_results(tmp_path, RESULTS)
+    text = write_report(tmp_path)
+    assert "prefill does without blocks 2, and but for keys and values without 1, 5; decode without 2, 4" in text
+    assert "| only keys and values computed | 1, 5 | none |" in (tmp_path / "report.md").read_text()
 
 
 def test_parts_that_were_not_measured_are_left_out(tmp_path):

@@ -45,6 +45,13 @@ def test_card_says_what_the_stage_is(stage):
     assert "{{" not in card and "{%" not in card and card.endswith("\n")
 
 
+def test_projected_blocks_are_in_the_card():
+    card = model_card(replace(PLAN, prefill=StagePlan((2,), (), (0, 5))), "prefill", "my-model")
+    assert "| blocks of which only keys and values are computed | 0, 5 | none |" in card
+    assert "prefill     k#.##k" in card and "`k` one of which prefill computes keys and values alone" in card
+    assert "only keys and values" not in model_card(PLAN, "prefill", "my-model")
+
+
 def test_results_are_in_the_card():
     card = model_card(PLAN, "decode", "my-model", RESULTS)
     assert "| healed | 20.25 | 0.5 | 15.75 | 0.25 |" in card

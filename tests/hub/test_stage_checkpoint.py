@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_pdprune.adapters import active_adapter
-from hf_pdprune.blocks import bypass_blocks
+from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.hub import build_stage, export_stage, export_stages, load_stages
 from hf_pdprune.hub import folder_swap as folder_swap_module
 from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.projected_blocks import ProjectedBlock, project_blocks
 
 
 EXPORTED = ["llama", "qwen3", "gemma2", "gemma3_text", "smollm3", "gpt2", "opt", "gpt_neox"]
@@ -82,6 +84,41 @@ def test_merged_adapter_equals_applied_adapter(tiny_model, name, tmp_path):
         assert not [key for key in reloaded.state_dict() if "lora" in key or "base_layer" in key]
         assert not (tmp_path / stage / "adapter_config.json").exists()
     assert all(torch.equal(value, dense_before[key]) for key, value in model.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", [*EXPORTED, "mixtral"])
+def test_projected_blocks_hand_on_what_they_get_in_any_tool(tiny_model, name, tmp_path):
+    model = with_adapters(tiny_model(name)) if name != "mixtral" else tiny_model(name)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    adapter = None if base is model else "prefill"
+    plan = replace(plan_of(base), prefill=StagePlan((2,), (), (1, 5)))
+    export_stage(model, plan, "prefill", tmp_path / "prefill", adapter)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "prefill")
+    assert reloaded.config.num_hidden_layers == 5
+    caches = [DynamicCache(config=each.config) for each in (base, reloaded)]
+    with bypass_blocks(model, (2,)), project_blocks(model, (1, 5)), active_adapter(model, adapter):
+        expected = model(input_ids=IDS, past_key_values=caches[0], use_cache=True).logits
+    actual = reloaded(IDS, past_key_values=caches[1], use_cache=True).logits
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
+    for index, block in enumerate((0, 1, 3, 4, 5)):
+        torch.testing.assert_close(caches[1].layers[index].keys, caches[0].layers[block].keys, atol=1e-3, rtol=1e-4)
+    # And the stage leaves the work out.
+    stage = PrefillStage(reloaded, plan)
+    with stage.active():
+        cache = DynamicCache(config=reloaded.config)
+        assert torch.equal(reloaded(IDS, past_key_values=cache, use_cache=True).logits, actual)
+        assert isinstance(get_blocks(reloaded)[1], ProjectedBlock) and isinstance(
+            get_blocks(reloaded)[4], ProjectedBlock
+        )
+
+
+def test_blocks_that_cannot_be_projected_are_refused_before_anything_is_written(tiny_model, tmp_path):
+    model = tiny_model("opt", do_layer_norm_before=False)
+    plan = replace(plan_of(model), prefill=StagePlan((2,), (), (1,)))
+    with pytest.raises(ValueError, match="block 1 of OPTForCausalLM cannot be projected"):
+        export_stages(model, plan, tmp_path / "pair")
+    assert not (tmp_path / "pair").exists()
 
 
 @torch.no_grad()

@@ -30,6 +30,8 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
     for name, step in (("first", 1), ("second", 3)):
         rows = [{"text": " ".join(WORDS[(i * j * step) % len(WORDS)] for j in range(1, 30))} for i in range(1, 20)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pairs = [{"prompt": row["text"], "completion": " yes"} for row in rows]
+    (tmp_path / "third.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     return {
         "model_name_or_path": str(tmp_path / "model"),
         "calibration": [f"first={tmp_path / 'first.jsonl'}"],
@@ -42,7 +44,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "prompt_tokens": 12,
         "completion_tokens": 20,
         "merge_rank": 4,
-        "merge_text": str(tmp_path / "second.jsonl"),
+        "merge_text": [str(tmp_path / "second.jsonl"), str(tmp_path / "third.jsonl")],
         "merge_tokens": 300,
     }
 

@@ -7,10 +7,10 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 from hf_pdprune.trainer.block_checkpointing import CheckpointedBlock, checkpointed_blocks
 
 
-def stages_of(model, token_choice="first_last"):
+def stages_of(model, token_choice="first_last", projected=()):
     """A pair with random adapters, of which the parameters are the model's only trainable ones."""
     kv = KVPlan((0, 4), 2, 4, token_choice)
-    plan = PruningPlan.empty(model, prefill=StagePlan((3,)), decode=StagePlan((2, 3)), kv=kv)
+    plan = PruningPlan.empty(model, prefill=StagePlan((3,), (), projected), decode=StagePlan((2, 3)), kv=kv)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(model, config, adapter_name="prefill")
@@ -31,10 +31,10 @@ def gradients(model, stages, batch, checkpointed):
     return logits.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
+@pytest.mark.parametrize("plan", [("first_last",), ("attention",), ("first_last", (1, 4))], ids=str)
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "falcon", "qwen3_moe"])
-def test_gradients_are_those_without_it(tiny_model, batch, architecture, token_choice):
-    model, *stages = stages_of(tiny_model(architecture), token_choice)
+def test_gradients_are_those_without_it(tiny_model, batch, architecture, plan):
+    model, *stages = stages_of(tiny_model(architecture), *plan)
     logits, expected = gradients(model, stages, batch, checkpointed=False)
     again, actual = gradients(model, stages, batch, checkpointed=True)
     torch.testing.assert_close(again, logits)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,16 @@ def test_rounds_lead_to_the_plan_and_keep_the_subset_rule(plan, rounds):
     assert missing == sorted(missing) and len(set(missing)) == rounds
     for earlier, later in zip(plans, plans[1:], strict=False):
         assert set(earlier.prefill.missing_blocks) <= set(later.prefill.missing_blocks)
+
+
+def test_projected_blocks_go_in_rounds_and_fade(plan):
+    relaxed = replace(plan, prefill=StagePlan((3, 8), ((5, 6),), (0, 2)))
+    removal = BlockRemovalCallback(relaxed, rounds=4, fraction=1.0, fade_steps=2)
+    skipped = [removal.plan_of_round(number).prefill.skipped_blocks for number in range(1, 5)]
+    assert skipped == [(3, 6), (0, 3, 6, 8), (0, 2, 3, 6, 8), (0, 2, 3, 6, 8)]
+    assert removal.plan_of_round(4) == relaxed
+    removal.move_to(5, 20)
+    assert {stage: sorted(scales) for stage, scales in removal.scales.items()} == {"prefill": [0, 8], "decode": [8]}
 
 
 def test_round_follows_from_the_step_alone(plan):

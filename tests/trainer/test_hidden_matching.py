@@ -17,6 +17,12 @@ def test_states_are_compared_after_the_gap_by_dense_numbers(plan):
     assert matching.dense_blocks == {1, 4, 7}
 
 
+def test_projected_blocks_are_part_of_a_gap():
+    plan = PruningPlan("base", "llama", 10, prefill=StagePlan((3,), (), (4, 8)), decode=StagePlan((3,)))
+    assert HiddenMatching(plan).prefill == [(2, 4), (7, 8)] and HiddenMatching(plan).decode == [(2, 3)]
+    assert HiddenMatching(plan, [4, 5]).prefill == [(5, 5)]
+
+
 def test_chosen_blocks_are_left_out_where_a_stage_lacks_them(plan):
     matching = HiddenMatching(plan, [1, 5, 6])
     assert matching.prefill == [(1, 1), (5, 5), (6, 6)]

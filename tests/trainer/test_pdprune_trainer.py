@@ -84,6 +84,37 @@ def test_both_adapters_learn_and_only_in_blocks_that_their_stage_keeps(
         assert {n for n in before if f"lora_B.{stage}." in n} <= changed, stage
 
 
+@pytest.mark.parametrize("options", [{}, {"activation_checkpointing": True}, {"hidden_matching_weight": 0.5}], ids=str)
+def test_prefill_may_project_blocks_that_decode_keeps(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, options):
+    relaxed = replace(plan, prefill=StagePlan((3,), (), (1, 5)))
+    trainer = make_trainer(
+        tiny_llama,
+        relaxed,
+        rows,
+        tmp_path / "run",
+        tiny_tokenizer,
+        max_steps=30,
+        local_distillation_tokens=0,
+        **options,
+    )
+    of_projected = {name for name in adapters_of(trainer) if ".layers.1." in name and ".prefill." in name}
+    assert {name.split(".layers.1.")[1].split(".lora")[0] for name in of_projected} == {
+        "self_attn.k_proj", "self_attn.v_proj",
+    }  # fmt: skip
+    before, started = trainer.evaluate()["eval_loss"], adapters_of(trainer)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    learned = adapters_of(trainer)
+    assert all(not torch.equal(learned[name], started[name]) for name in of_projected if "lora_B" in name)
+    trainer.save_model(str(tmp_path / "stages"))
+    batch = trainer.data_collator([rows[0], rows[1]])
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = disaggregated_forward(*trainer.stages(), batch)
+        actual = disaggregated_forward(*load_stages(tmp_path / "stages"), batch)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_saved_stages_are_what_was_trained(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path / "run", tiny_tokenizer)
     trainer.train()
