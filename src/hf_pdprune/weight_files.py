@@ -1,6 +1,7 @@
 """Which files weights are read from: safetensors in the checkpoint's own folder, whatever an index may say."""
 
 import os
+import stat
 from pathlib import Path
 
 from .artefact_file import read_json
@@ -22,3 +23,8 @@ def check_weight_index(path: str | os.PathLike, where: str) -> None:
     for name in set(map(str, names.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise ValueError(f"{where}: {Path(path).name} names {name!r}, no safetensors file beside it")
+
+
+def share_as(weights: str | os.PathLike, file: str | os.PathLike) -> None:
+    """Lets those read `weights` who can read `file`: safetensors writes for its own user alone."""
+    os.chmod(weights, stat.S_IMODE(os.stat(file).st_mode))

@@ -75,6 +75,11 @@ def test_what_is_written(folders):
     assert "pruning_plan.json" in names and not [name for name in names if name.endswith((".bin", ".pt"))]
 
 
+def test_weights_can_be_read_by_whom_the_config_can(folders):
+    for stage in ("prefill", "decode"):
+        assert len({path.stat().st_mode for path in (folders[1] / stage).iterdir()}) == 1
+
+
 def test_stage_without_adapter(folders):
     shutil.rmtree(folders[1] / "prefill")
     prefill, decode = load_stages(*folders)

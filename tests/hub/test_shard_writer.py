@@ -37,6 +37,18 @@ def test_shards_hold_what_one_file_holds(tiny_model, architecture, tmp_path):
     assert names[1] - names[0] == files | {"model.safetensors.index.json"}
 
 
+@pytest.mark.parametrize("max_shard_size", ["2GB", "100KB"])
+def test_weights_can_be_read_by_whom_the_config_can(tiny_model, tmp_path, max_shard_size):
+    model = tiny_model("llama")
+    previous = os.umask(0o027)
+    try:
+        export_stage(model, PruningPlan.empty(model), "decode", tmp_path / "decode", max_shard_size=max_shard_size)
+    finally:
+        os.umask(previous)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "decode").iterdir()}
+    assert len(modes) > 4 and set(modes.values()) == {0o640}, modes
+
+
 def test_sizes():
     assert [shard_bytes(size) for size in ("2GB", "500 MiB", "3kb", 17)] == [2 * 10**9, 500 * 2**20, 3000, 17]
     for size in ("0GB", "2TB", "-1", "big", 1.5):

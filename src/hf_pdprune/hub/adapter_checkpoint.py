@@ -10,6 +10,7 @@ from torch import nn
 from ..artefact_file import read_json
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED, by_stage
 from ..plan import PruningPlan
+from ..weight_files import share_as
 from .folder_swap import FolderSwap, naming_folder
 
 
@@ -54,6 +55,7 @@ def save_adapters(
                     for path in (new / adapter).iterdir():
                         path.replace(new / path.name)
                     (new / adapter).rmdir()
+                share_as(new / _WEIGHTS, new / _CONFIG)
         with naming_folder(folder):
             plan.save_pretrained(folder)
     return folder

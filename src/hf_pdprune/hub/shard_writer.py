@@ -10,10 +10,11 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from ..artefact_file import write_artefact
 from ..blocks import blocks_path
+from ..weight_files import share_as
 
 
 DEFAULT_SHARD_SIZE = "2GB"
@@ -55,6 +56,7 @@ def write_shards(
         target = SAFE_WEIGHTS_NAME
         if len(shards) > 1:
             target = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        share_as(part / SAFE_WEIGHTS_NAME, part / CONFIG_NAME)
         os.replace(part / SAFE_WEIGHTS_NAME, folder / target)
         with safe_open(folder / target, "pt") as file:
             weight_map |= dict.fromkeys(file.keys(), target)
