@@ -96,6 +96,12 @@ def block_behind(block: nn.Module) -> nn.Module:
     return block
 
 
+def check_takes_cache(model: nn.Module) -> None:
+    """Raises a `ValueError` if the model takes no KV cache, so that there is nothing to hand over."""
+    if "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
+        raise ValueError(f"{type(model).__name__} takes no KV cache (past_key_values): there is nothing to hand over")
+
+
 def check_attends_by_mask(model: nn.Module) -> None:
     """
     Raises a `ValueError` unless the blocks' attention depends on which tokens they see by the attention mask alone, so
@@ -104,9 +110,7 @@ def check_attends_by_mask(model: nn.Module) -> None:
     config = text_config_of(model.config)
     block = block_behind(get_blocks(model)[0])
     arguments = inspect.signature(block.forward).parameters
-    if "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
-        why = "the model takes no KV cache"
-    elif "attention_mask" not in arguments:
+    if "attention_mask" not in arguments:
         why = "they take no attention mask"
     elif not {"alibi", "position_bias"}.isdisjoint(arguments) and getattr(config, "alibi", True):
         why = "they add a bias per key position (ALiBi) beside the mask"

@@ -605,6 +605,12 @@ class TestUnsupportedArchitectures:
             TokenAwareCache(plan, model)
         assert hooks_of(model) == 0
 
+    def test_without_token_aware_blocks_there_still_has_to_be_a_cache(self):
+        values = {"n_embd": 64, "n_head": 4, "n_layer": 6, "vocab_size": 256}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **values))
+        with pytest.raises(ValueError, match="takes no KV cache"):
+            TokenAwareCache(PruningPlan.empty(model), model)
+
     def test_flex_attention(self, llama):
         llama.set_attn_implementation("flex_attention")
         with pytest.raises(ValueError, match="flex_attention"):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..blocks import check_attends_by_mask
+from ..blocks import check_attends_by_mask, check_takes_cache
 from ..plan import PruningPlan
 from .forward_hooks import ForwardHooks
 from .kv_payload import KVPayload
@@ -44,9 +44,9 @@ class TokenAwareCache(Cache):
             bypassed. Default: all that the model has.
 
     Raises:
-        `ValueError`: If the model is not one of the plan, if a block keeps anything but one KV entry per token (linear
-        attention, state space, shared KV), if its attention depends on dropped tokens otherwise (ALiBi), or if tokens
-        are to be chosen by attention that cannot be observed.
+        `ValueError`: If the model is not one of the plan or takes no cache, if a block keeps anything but one KV entry
+        per token (linear attention, state space, shared KV), if its attention depends on dropped tokens otherwise
+        (ALiBi), or if tokens are to be chosen by attention that cannot be observed.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class TokenAwareCache(Cache):
             if kind is DynamicLayer:
                 token_aware = self.blocks[index] in plan.kv.token_aware_blocks
                 self.layers[index] = TokenAwareLayer(plan.kv.observed_tokens) if token_aware else ReservedLayer()
+        check_takes_cache(model)
         if self.token_aware_layers:
             check_attends_by_mask(model)
         self._hooks = ForwardHooks(self, model)
