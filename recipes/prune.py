@@ -9,7 +9,6 @@ into `output_dir` and is skipped where that is there already: an interrupted run
 """
 
 import json
-import shutil
 import sys
 import time
 import warnings
@@ -41,6 +40,7 @@ from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.pair_layout import CHECKPOINTS
 from hf_pdprune.plan import PLAN_FILE_NAME
+from hf_pdprune.run_folder import RunFolder
 from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
 from hf_pdprune.search.pareto_front import FRONT_FILE_NAMES
@@ -124,58 +124,6 @@ FILES_OF_STEP = {
     "stages": ("checkpoints", *CHECKPOINTS, "distillation.json"),
     "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
 }
-
-
-class Artefacts:
-    """
-    The files of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
-    step was made with others.
-
-    Args:
-        folder (`Path`): `output_dir`.
-        overwrite (`bool`): Whether what other settings have made is made anew instead.
-    """
-
-    def __init__(self, folder: Path, overwrite: bool):
-        self.folder = folder
-        self.overwrite = overwrite
-        self.path = folder / "run.json"
-        self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
-
-    def is_done(self, step: str, settings: dict[str, Any]) -> bool:
-        """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
-        if step not in self.steps:
-            return False
-        recorded = self.steps[step]
-        changed = [key for key in settings if recorded.get(key) != settings[key]]
-        if not changed:
-            return True
-        if not self.overwrite:
-            key = changed[0]
-            raise ValueError(
-                f"{self.folder} holds a run with {key}={recorded.get(key)!r}, not {settings[key]!r}: choose another "
-                "--output_dir, or --overwrite true"
-            )
-        self._forget(step)
-        return False
-
-    def _forget(self, step: str) -> None:
-        """Removes what `step` and those after it have made."""
-        order = list(FILES_OF_STEP)
-        for name in order[order.index(step) :]:
-            self.steps.pop(name, None)
-            for file in FILES_OF_STEP[name]:
-                path = self.folder / file
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink(missing_ok=True)
-        write_artefact(self.path, self.steps)
-
-    def done(self, step: str, settings: dict[str, Any]) -> None:
-        """Records that `step` is done with these settings."""
-        self.steps[step] = settings
-        write_artefact(self.path, self.steps)
 
 
 def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -333,7 +281,7 @@ def search(
 
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
     folder = Path(training_args.output_dir)
-    run = Artefacts(folder, args.overwrite)
+    run = RunFolder(folder, FILES_OF_STEP, args.overwrite)
     benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens])
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)

@@ -12,11 +12,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "hf_pdprune"
 LAYERS = [
     "version",
     "artefact_file",
+    "run_folder",
     "weight_files",
     "evaluating",
     "shortened_config",
     "blocks",
     "pair_layout",
+    "plan_parts",
     "plan",
     "fingerprint",
     "adapters",

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -44,12 +43,9 @@ def test_table_json_line_and_artefacts(stages):
     assert results["quality"] == {"dense": {"kl": 0.0}}
 
 
-def test_random_weights_of_a_real_size(tmp_path, monkeypatch):
+def test_random_weights_of_a_real_size(tmp_path, monkeypatch, load_recipe):
     """In this process, with a smaller size under a real one's name."""
-    spec = importlib.util.spec_from_file_location("benchmark_recipe", RECIPE)
-    recipe = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "benchmark_recipe", recipe)  # dataclasses look their module up
-    spec.loader.exec_module(recipe)
+    recipe = load_recipe("benchmark")
     small = {**SHAPES["llama-3.1-8b"], "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
     monkeypatch.setitem(SHAPES, "llama-3.1-8b", small)
     args = recipe.BenchmarkArguments(

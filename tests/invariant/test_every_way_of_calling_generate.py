@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer  # noqa: E402
 
 from hf_pdprune.inference import DecodeStage, PrefillStage  # noqa: E402
 from hf_pdprune.kv import KVPayload, TokenAwareCache  # noqa: E402
-from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan  # noqa: E402
+from hf_pdprune.plan import KVPlan, PruningPlan  # noqa: E402
+from hf_pdprune.plan_parts import TOKEN_CHOICES  # noqa: E402
 
 
 pytestmark = pytest.mark.invariant

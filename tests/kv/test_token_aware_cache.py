@@ -17,7 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.kv import TokenAwareCache
-from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan_parts import TOKEN_CHOICES
 
 
 KV = KVPlan((0, 1, 3, 5), first_tokens=2, last_tokens=4)

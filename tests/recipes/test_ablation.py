@@ -1,9 +1,8 @@
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from made_text import text, write_rows
 from trl import TrlParser
 
 from hf_pdprune.evaluation.row_file import RowFile
@@ -13,25 +12,11 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes" / "smollm2-135m" / "ablation.yaml"
-WORDS = "the quick brown fox jumps over a lazy dog while one old cat sleeps".split()
 
 
-def text(seed, words=12):
-    return " ".join(WORDS[(seed * 7 + place * (1 + seed % 5)) % len(WORDS)] for place in range(words))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("ablation_recipe", ROOT / "recipes" / "ablation.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ablation_recipe"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["ablation_recipe"]
+@pytest.fixture
+def recipe(load_recipe):
+    return load_recipe("ablation")
 
 
 @pytest.fixture

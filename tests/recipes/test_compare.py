@@ -1,7 +1,4 @@
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -9,12 +6,8 @@ from hf_pdprune.evaluation import write_results
 
 
 @pytest.fixture
-def recipe(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare", Path(__file__).parents[2] / "recipes" / "compare.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("compare")
 
 
 def test_runs_by_folder_and_by_name(recipe, tmp_path, capsys):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -6,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_text import text, write_rows
 from trl import TrlParser
 
 from hf_pdprune.evaluation import read_results
@@ -15,25 +15,11 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes" / "smollm2-135m" / "evaluate.yaml"
-WORDS = "the quick brown fox jumps over a lazy dog while one old cat sleeps".split()
 
 
-def text(seed, words=12):
-    return " ".join(WORDS[(seed * 7 + place * (1 + seed % 5)) % len(WORDS)] for place in range(words))
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate_recipe"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["evaluate_recipe"]
+@pytest.fixture
+def recipe(load_recipe):
+    return load_recipe("evaluate")
 
 
 @pytest.fixture

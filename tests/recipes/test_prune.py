@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -18,14 +17,9 @@ ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "smollm2-135m" / "demo.yaml"
 
 
-@pytest.fixture(scope="module")
-def prune():
-    spec = importlib.util.spec_from_file_location("prune", ROOT / "recipes" / "prune.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prune"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["prune"]
+@pytest.fixture
+def prune(load_recipe):
+    return load_recipe("prune")
 
 
 @pytest.fixture
@@ -188,22 +182,6 @@ def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, 
     with pytest.raises(ValueError, match="holds another plan"):
         run(prune, options)
     assert path.read_text() == before
-
-
-def test_overwrite_forgets_what_follows(prune, tmp_path):
-    artefacts = prune.Artefacts(tmp_path, overwrite=False)
-    artefacts.done("plan", {"blocks": 1})
-    artefacts.done("stages", {"rate": 2})
-    assert prune.Artefacts(tmp_path, overwrite=False).is_done("stages", {"rate": 2})
-    with pytest.raises(ValueError, match="blocks=1, not 3"):
-        prune.Artefacts(tmp_path, overwrite=False).is_done("plan", {"blocks": 3})
-    for name in ("pruning_plan.json", "results.json", "mine.txt"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "decode").mkdir()
-    anew = prune.Artefacts(tmp_path, overwrite=True)
-    assert not anew.is_done("plan", {"blocks": 3})
-    assert not anew.is_done("stages", {"rate": 2})
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "run.json"}
 
 
 def test_every_key_of_the_demo_is_known(prune):

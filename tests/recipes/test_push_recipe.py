@@ -1,16 +1,9 @@
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 
 @pytest.fixture
-def recipe():
-    path = Path(__file__).parents[2] / "recipes" / "push.py"
-    spec = importlib.util.spec_from_file_location("push_recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def recipe(load_recipe):
+    return load_recipe("push")
 
 
 def test_options_reach_the_library(recipe, monkeypatch, capsys):

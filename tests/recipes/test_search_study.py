@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,14 +12,9 @@ RECIPE = ROOT / "recipes" / "search_study.py"
 WORDS = "the quick brown fox jumps over the lazy dog while an old cat sleeps under a warm red stone wall".split()
 
 
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("search_study", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["search_study"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["search_study"]
+@pytest.fixture
+def study(load_recipe):
+    return load_recipe("search_study")
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@ import random
 import pytest
 import torch
 
-from hf_pdprune.plan import TOKEN_CHOICES, KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan_parts import TOKEN_CHOICES
 from hf_pdprune.search import BlockStatistics, Calibration
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..plan import TOKEN_CHOICES
+from ..plan_parts import TOKEN_CHOICES
 
 
 # These take one block after the other.

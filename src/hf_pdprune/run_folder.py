@@ -1,0 +1,64 @@
+"""RunFolder: what the steps of one run have left, and with which settings."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .artefact_file import read_json, write_artefact
+
+
+class RunFolder:
+    """
+    The folder of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
+    step was made with others.
+
+    Args:
+        folder (`str`): The folder.
+        files_of_step (`Mapping[str, Sequence[str]]`): What each step leaves there, files or folders, in the order of
+            the steps.
+        overwrite (`bool`, defaults to `False`): Whether what other settings have made is made anew instead.
+    """
+
+    def __init__(self, folder: str | os.PathLike, files_of_step: Mapping[str, Sequence[str]], overwrite: bool = False):
+        self.folder = Path(folder)
+        self.files_of_step = files_of_step
+        self.overwrite = overwrite
+        self.path = self.folder / "run.json"
+        self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
+
+    def is_done(self, step: str, settings: dict[str, Any]) -> bool:
+        """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
+        if step not in self.steps:
+            return False
+        recorded = self.steps[step]
+        changed = [key for key in settings if recorded.get(key) != settings[key]]
+        if not changed:
+            return True
+        if not self.overwrite:
+            key = changed[0]
+            raise ValueError(
+                f"{self.folder} holds a run with {key}={recorded.get(key)!r}, not {settings[key]!r}: choose another "
+                "--output_dir, or --overwrite true"
+            )
+        self._forget(step)
+        return False
+
+    def _forget(self, step: str) -> None:
+        """Removes what `step` and those after it have made."""
+        order = list(self.files_of_step)
+        for name in order[order.index(step) :]:
+            self.steps.pop(name, None)
+            for file in self.files_of_step[name]:
+                path = self.folder / file
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        write_artefact(self.path, self.steps)
+
+    def done(self, step: str, settings: dict[str, Any]) -> None:
+        """Records that `step` is done with these settings."""
+        self.steps[step] = settings
+        write_artefact(self.path, self.steps)
