@@ -123,8 +123,20 @@ def idle_layers(model: nn.Module, block: int) -> list[str]:
     Returns:
         `list[str]`: Names, within the block, of the modules that have weights of their own. What peft adds to a
         module belongs to it.
+
+    Raises:
+        `ValueError`: If the block's weights are partitioned (ZeRO-3, FSDP), and were so when this was first asked for.
     """
     inner = block_behind(get_blocks(model)[block])
+    # What runs cannot change during the life of a model, so one look is enough: at its whole weights.
+    if "_pdprune_idle_layers" not in inner.__dict__:
+        inner.__dict__["_pdprune_idle_layers"] = _find_idle_layers(model, block, inner)
+    return list(inner.__dict__["_pdprune_idle_layers"])
+
+
+def _find_idle_layers(model: nn.Module, block: int, inner: nn.Module) -> list[str]:
+    if any(map(_is_partitioned, inner.parameters())):
+        raise ValueError("projected blocks need a model that is loaded whole, and partitioned only then")
     adapted = tuple(f"{name}." for name in adapter_layers(inner))
     layers = {
         name: module
@@ -148,7 +160,7 @@ def idle_layers(model: nn.Module, block: int) -> list[str]:
         for layer in layers.values():
             contexts.callback(layer.register_forward_pre_hook(note).remove)
         _probe(model, block, cache)
-        skipped = {names[layer] for layer in stand_in.query_layers if stand_in.stops_early}
+        skipped = {names[layer] for layer in stand_in.query_layers}
     return [name for name in layers if name not in ran or name in skipped]
 
 

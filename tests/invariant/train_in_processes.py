@@ -20,7 +20,7 @@ def main(folder: Path, options: dict) -> None:
     config = AutoConfig.for_model(**json.loads((folder / "model.json").read_text()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     kv = KVPlan((1, 4), 2, 4)
-    plan = PruningPlan.empty(model, "tiny", prefill=StagePlan((3,)), decode=StagePlan((2, 3)), kv=kv)
+    plan = PruningPlan.empty(model, "tiny", prefill=StagePlan((3,), (), (1,)), decode=StagePlan((2, 3)), kv=kv)
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(3, 240, (24,), generator=generator).tolist()} for _ in range(16)]
     for row in rows[:8]:  # completions of one token, of two, ...: processes get different numbers of tokens
