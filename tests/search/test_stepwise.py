@@ -99,7 +99,11 @@ def test_merging_is_an_operation(objective):
 def test_the_relaxed_subset_rule_lets_prefill_lose_other_blocks_and_more(objective, counts):
     config = SearchConfig(annealing_share=1.0)
     steps = StepwiseSearch(objective, Operations(REMOVABLE, relaxed=True), config).run(*counts)
-    assert len(steps) == max(counts)
+    sizes = [(len(s.plan.prefill.skipped_blocks), len(s.plan.decode.missing_blocks)) for s in steps]
+    assert len(steps) == sum(counts) and sizes == sorted(sizes)
+    assert all(
+        abs(p / max(counts[0], 1) - d / max(counts[1], 1)) <= 1 / min(filter(None, counts)) for p, d in sizes[:-1]
+    )
     found = steps[-1].plan
     assert (len(found.prefill.skipped_blocks), len(found.decode.missing_blocks)) == counts
     exact = Objective(objective.model, objective.calibration)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from accelerate import PartialState
@@ -20,6 +21,9 @@ logger = logging.getLogger(__name__)
 # An addition to an annealed plan whose cost in the greedy steps, times this, is above that of the best one is not
 # measured (lazy greedy, Minoux 1978, with a margin, since KL is not submodular). Annealing may still find it.
 _LEAST_PART_OF_LAST_COST = 0.5
+
+# What blocks go out of, by whether prefill and whether decode loses them.
+_STAGES = {(True, True): "both stages", (False, True): "decode", (True, False): "prefill"}
 
 
 @dataclass
@@ -45,8 +49,8 @@ class Step:
 
 class StepwiseSearch:
     """
-    Finds plans with one block after the other gone: first from both stages, then from decode alone, or, under the
-    relaxed subset rule, from prefill alone where it is to lose more.
+    Finds plans with one block after the other gone: first from both stages, then from decode alone; under the relaxed
+    subset rule from decode and from prefill in turns.
 
     The greedy path, exact, takes the best addition to the plan before it each time; with removals only it is SLEB
     (arXiv 2402.09025) for each stage. With annealing there is a second path beside it: each of its steps starts from
@@ -78,7 +82,7 @@ class StepwiseSearch:
         """
         Args:
             num_prefill_blocks (`int`): Blocks that prefill loses.
-            num_decode_blocks (`int`): Blocks that decode loses, those among them.
+            num_decode_blocks (`int`): Blocks that decode loses, those among them but under the relaxed subset rule.
             max_kl (`float`, *optional*): Steps that end above it are not taken: then fewer blocks are lost.
 
         Returns:
@@ -86,37 +90,43 @@ class StepwiseSearch:
         """
         steps: list[Step] = []
         plan = greedy = self.objective.dense_plan
-        goals = {
-            "both stages": (num_prefill_blocks, num_decode_blocks),
-            "decode": (0, num_decode_blocks),
-            "prefill": (num_prefill_blocks if self.operations.relaxed else 0, 0),
-        }
-        if not all(goals["both stages"]):
-            del goals["both stages"]
+        goals = num_prefill_blocks, num_decode_blocks
+        closed: set[tuple[bool, bool]] = set()  # what nothing more goes out of
         with tqdm(
-            total=max(num_prefill_blocks, num_decode_blocks),
+            total=sum(goals) if self.operations.relaxed else num_decode_blocks,
             unit="block",
-            disable=not (num_prefill_blocks or num_decode_blocks) or not PartialState().is_main_process,
+            disable=not any(goals) or not PartialState().is_main_process,
             miniters=0,  # an update by nothing, after every batch, lets the clock of the bar go on
             mininterval=1.0,
         ) as progress:
-            for name, (from_prefill, from_decode) in goals.items():
-                stages = from_prefill > 0, from_decode > 0
-                if not any(stages):
+            while stages := self._next_stages(plan, goals, closed):
+                progress.set_description(f"Blocks out of {_STAGES[stages]}")
+                if not (additions := self.operations.additions(greedy, *stages)):
+                    closed.add(stages)
                     continue
-                progress.set_description(f"Blocks out of {name}")
-                while not _is_reached(plan, from_prefill, from_decode):
-                    if not (additions := self.operations.additions(greedy, *stages)):
-                        break
-                    next_greedy, step = self._step(greedy, additions, plan, stages, progress)
-                    if step.energy > max_kl:  # these stages can lose no more; perhaps the next ones can
-                        self.refused.append(step)
-                        break
-                    steps.append(step)
-                    plan, greedy = step.plan, next_greedy
-                    progress.update()
-                    progress.set_postfix(energy=f"{step.energy:.4f}", blocks=plan.decode.missing_blocks)
+                next_greedy, step = self._step(greedy, additions, plan, stages, progress)
+                if step.energy > max_kl:
+                    self.refused.append(step)
+                    closed.add(stages)
+                    continue
+                steps.append(step)
+                plan, greedy = step.plan, next_greedy
+                progress.update()
+                progress.set_postfix(energy=f"{step.energy:.4f}", blocks=plan.decode.missing_blocks)
         return steps
+
+    def _next_stages(
+        self, plan: PruningPlan, goals: tuple[int, int], closed: Collection[tuple[bool, bool]]
+    ) -> tuple[bool, bool] | None:
+        """Whether prefill, and whether decode, loses the next block; `None` if none does."""
+        lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
+        from_prefill, from_decode = lost[0] < goals[0], lost[1] < goals[1]
+        if not self.operations.relaxed:
+            candidates = [(True, True)] * from_prefill + [(False, True)] * from_decode
+        else:  # in turns, neither far ahead of the other: each is chosen with most of what the other will lack
+            candidates = [(False, True)] * from_decode + [(True, False)] * from_prefill
+            candidates.sort(key=lambda stages: lost[0] / goals[0] if stages[0] else lost[1] / goals[1])
+        return next((stages for stages in candidates if stages not in closed), None)
 
     def _step(
         self,
@@ -164,10 +174,11 @@ class StepwiseSearch:
     ) -> PruningPlan:
         """The best of some annealings, from `greedy` or the best addition to `plan`."""
         objective, config, begun = self.objective, self.config, self.objective.cost.total
-        additions = self.operations.additions(plan, *stages)
-        objective.accept(plan)
-        beside, _ = objective.best_of(additions, progress.update, self._expected(plan, additions))
-        start = min((greedy, beside), key=objective.energy)
+        start = greedy
+        if additions := self.operations.additions(plan, *stages):
+            objective.accept(plan)
+            beside, _ = objective.best_of(additions, progress.update, self._expected(plan, additions))
+            start = min((greedy, beside), key=objective.energy)
         found, size = [start], f"{len(start.prefill.skipped_blocks)}/{len(start.decode.missing_blocks)}"
         budget = max(budget - (objective.cost.total - begun), 0)
         for restart in range(config.num_restarts):
@@ -181,13 +192,6 @@ class StepwiseSearch:
             )
             found.append(search.run(start, budget // config.num_restarts))
         return min(found, key=objective.energy)
-
-
-def _is_reached(plan: PruningPlan, from_prefill: int, from_decode: int) -> bool:
-    """Whether a stage that is to lose blocks has lost as many."""
-    return (0 < from_prefill <= len(plan.prefill.skipped_blocks)) or (
-        0 < from_decode <= len(plan.decode.missing_blocks)
-    )
 
 
 def _added(plan: PruningPlan, addition: PruningPlan) -> tuple[bool, int, int | None]:
