@@ -150,11 +150,13 @@ class TokenChoices:
         every = KVPlan(self.blocks, min(kv.first_tokens, budget - 1), budget - min(kv.first_tokens, budget - 1))
         ends = replace(kv, token_choice="first_last")
         return {
-            "all tokens": replace(kv, token_aware_blocks=()),
+            "all tokens": kv.with_windows({}),
             "attention, our blocks": replace(kv, token_choice="attention"),
             "first + last, our blocks": ends,
             "first + last, all blocks": every,
-            "first + last, random blocks": replace(ends, token_aware_blocks=tuple(sorted(random_blocks))),
+            "first + last, random blocks": ends.with_windows(
+                dict(zip(random_blocks, ends.windows.values(), strict=True))
+            ),
             "H2O, all blocks": every,
             "SnapKV, all blocks": every,
         }
@@ -202,9 +204,11 @@ class TokenChoices:
         self, name: str, kv: KVPlan, payload: KVPayload, attention: PromptAttention
     ) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         """Entries of the baselines, from those of all tokens."""
-        window = PromptWindow.of_prompt(payload.prompt_tokens, None, kv.first_tokens, kv.last_tokens)
         entries = dict(payload.entries)
-        for block in kv.token_aware_blocks if window is not None else ():
+        for block, sizes in kv.windows.items():
+            window = PromptWindow.of_prompt(payload.prompt_tokens, None, *sizes)
+            if window is None:
+                continue
             if name.startswith("H2O"):
                 columns = heavy_hitters(attention.accumulated[block], window.kept_tokens)
             elif name.startswith("SnapKV"):

@@ -29,18 +29,18 @@ def eager_copy(model):
     return eager.eval()
 
 
-def dropped_columns(prompt_mask, kv, weights=None):
+def dropped_columns(prompt_mask, kv, window, weights=None):
     """
-    Per row and KV head, the prompt columns that a token-aware block drops; `weights` are its attention over the
+    Per row and KV head, the prompt columns that a block with this window drops; `weights` are its attention over the
     prompt, of shape (rows, kv_heads, tokens, tokens), or None where the plan does not choose by attention.
     """
     dropped = []
     for row, bits in enumerate(prompt_mask.tolist()):
         real = [column for column, bit in enumerate(bits) if bit]
         if kv.token_choice == "first_last":
-            dropped.append([sorted(set(real) - set(real[: kv.first_tokens]) - set(real[-kv.last_tokens :]))])
+            dropped.append([sorted(set(real) - set(real[: window[0]]) - set(real[-window[1] :]))])
             continue
-        budget, num_observed = kv.first_tokens + kv.last_tokens, min(32, kv.last_tokens)
+        budget, num_observed = sum(window), min(32, kv.last_tokens)
         observed, earlier = real[-num_observed:], real[:-num_observed]
         dropped.append([])
         for of_head in weights[row].tolist():
@@ -51,11 +51,11 @@ def dropped_columns(prompt_mask, kv, weights=None):
     return dropped
 
 
-def visible(prompt_mask, rows, tokens, kv, weights=None):
+def visible(prompt_mask, rows, tokens, kv, window, weights=None):
     """Which column each query sees in a token-aware block, shape (rows, kv_heads or 1, tokens, tokens)."""
     prompt_tokens = prompt_mask.shape[1]
     copies = rows // len(prompt_mask)  # beams, returned sequences
-    dropped = [of_row for of_row in dropped_columns(prompt_mask, kv, weights) for _ in range(copies)]
+    dropped = [of_row for of_row in dropped_columns(prompt_mask, kv, window, weights) for _ in range(copies)]
     prompt_mask = prompt_mask.repeat_interleave(copies, dim=0)
     seen = torch.ones(tokens, tokens).tril().bool().repeat(rows, len(dropped[0]), 1, 1)
     seen[..., :prompt_tokens] &= prompt_mask[:, None, None, :tokens].bool()
@@ -107,7 +107,7 @@ def masked_blocks(model, plan, prompt_ids, prompt_mask):
         def hook(module, args, kwargs):
             hidden_states = args[0] if args else kwargs["hidden_states"]
             weights = None if chosen is None else chosen[block]
-            seen = visible(prompt_mask, *hidden_states.shape[:2], plan.kv, weights)
+            seen = visible(prompt_mask, *hidden_states.shape[:2], plan.kv, plan.kv.windows[block], weights)
             if seen.shape[1] > 1:
                 seen = seen.repeat_interleave(num_heads // seen.shape[1], dim=1)
             mask = torch.zeros(()).masked_fill(~seen, torch.finfo().min)

@@ -297,13 +297,72 @@ class TestTokenChoice:
         kv = KVPlan((5,), 16, last_tokens)
         by_attention = replace(kv, token_choice="attention")
         assert (kv.observed_tokens, by_attention.observed_tokens) == (0, observed)
-        assert kv.kept_tokens == by_attention.kept_tokens == 16 + last_tokens
+        assert kv.windows == by_attention.windows == {5: (16, last_tokens)}
 
     def test_in_words(self):
         assert KVPlan().to_text() == "the first 16 and the last 112 prompt tokens"
         assert KVPlan(token_choice="attention").to_text() == (
             "the last 32 prompt tokens and, per head, the 96 that these attend to most"
         )
+
+
+class TestBlockWindows:
+    @pytest.fixture
+    def varied(self, plan):
+        return replace(plan, kv=KVPlan((5, 6, 9), 16, 112, block_windows=((9, 64, 448), (5, 16, 112))))
+
+    def test_every_token_aware_block_has_a_window(self, varied):
+        assert varied.kv.windows == {5: (16, 112), 6: (16, 112), 9: (64, 448)}
+        assert varied.kv.block_windows == ((9, 64, 448),)  # 5 has the common one
+        assert varied.kv.with_windows(varied.kv.windows) == KVPlan(
+            (5, 6, 9), 16, 112, block_windows=((5, 16, 112), (6, 16, 112), (9, 64, 448))
+        )
+        assert varied.kv.with_windows({}) == KVPlan()
+
+    def test_round_trip_and_digest(self, plan, varied):
+        assert PruningPlan.from_dict(json.loads(json.dumps(varied.to_dict()))) == varied
+        assert varied.digest != plan.digest and "block_windows" not in plan.to_dict()["kv"]
+
+    def test_entries_handed_over(self, plan, varied):
+        assert [varied.kept_prompt_tokens(block, 1024) for block in (5, 9, 13, 0)] == [128, 512, 0, 1024]
+        assert varied.kept_prompt_tokens(9, 300) == 300
+        assert 30 * 1024 / varied.kv_reduction(1024)["total"] == pytest.approx(
+            30 * 1024 / plan.kv_reduction(1024)["total"] + 512 - 128
+        )
+
+    def test_in_words(self, varied):
+        assert varied.kv.to_text() == "the first and the last prompt tokens, 128 to 512 in all from block to block,"
+        assert replace(varied.kv, token_choice="attention").to_text() == (
+            "the last 32 prompt tokens and, per head, 96 to 480 that these attend to most"
+        )
+
+    @pytest.mark.parametrize(
+        ("block_windows", "message"),
+        [
+            (((7, 1, 1),), "kv.block_windows: block 7 is not token-aware"),
+            (((31, 1, 1),), "kv.block_windows: block 31 is not one of the 30 blocks"),
+            (((9, 1, 1), (9, 2, 2)), "kv.block_windows: block 9 is named twice"),
+            (((9, 4, 0),), "kv.block_windows: block 9, last_tokens must be at least 1"),
+            (((9, -1, 4),), "kv.block_windows: block 9, first_tokens must be a whole number"),
+            (((9, 4, 8.0),), "kv.block_windows: block 9, last_tokens must be a whole number"),
+        ],
+    )
+    def test_wrong_ones_are_named(self, plan, block_windows, message):
+        with pytest.raises(ValueError, match=message):
+            replace(plan, kv=replace(plan.kv, block_windows=block_windows))
+
+    def test_the_tokens_that_choose_are_kept(self, plan):
+        kv = KVPlan((5,), 16, 112, "attention", ((5, 4, 27),))
+        with pytest.raises(ValueError, match="block 5 keeps 31 tokens, fewer than the 32 at the end of the prompt"):
+            replace(plan, kv=kv)
+        assert replace(plan, kv=replace(kv, block_windows=((5, 4, 28),))).kv.observed_tokens == 32
+
+    @pytest.mark.parametrize("value", [3, [[1, 2]], [3], [{"5": [1, 2]}]])
+    def test_wrong_json_is_named(self, plan, value):
+        data = plan.to_dict()
+        data["kv"]["block_windows"] = value
+        with pytest.raises(ValueError, match="kv.block_windows"):
+            PruningPlan.from_dict(data)
 
 
 class TestProjectedBlocks:

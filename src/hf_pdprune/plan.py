@@ -184,9 +184,8 @@ class PruningPlan:
         """Prompt tokens whose KV entries `block` hands over to decode; 0 for a block that decode does not have."""
         if block in self.decode.missing_blocks:
             return 0
-        if block not in self.kv.token_aware_blocks:
-            return prompt_tokens
-        return min(prompt_tokens, self.kv.kept_tokens)
+        window = self.kv.windows.get(block)
+        return prompt_tokens if window is None else min(prompt_tokens, sum(window))
 
     def kv_reduction(self, prompt_tokens: int) -> dict[str, float]:
         """How many times fewer KV entries cross the wire: by `blocks`, by `tokens`, and their product `total`."""

@@ -1,6 +1,6 @@
 """The parts of a pruning plan: what it says of one stage (StagePlan), and of the hand-over (KVPlan)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,22 +111,37 @@ class KVPlan:
       neighbours. Every block and KV head chooses for itself, so nothing but the bytes is the same. It costs prefill a
       few percent, and pays where the stages are otherwise dense (dev/LOG.md, "Token choice at equal bytes").
 
+    A block may have another window, `block_windows` says which: what one block hardly misses is dear in another
+    (dev/LOG.md, "Windows of blocks").
+
     Args:
         token_aware_blocks (`tuple[int, ...]`): Blocks that hand over only these; all others hand over everything.
         first_tokens (`int`, defaults to 16): Prompt tokens at the beginning that the window keeps.
         last_tokens (`int`, defaults to 112): Prompt tokens at the end that the window keeps.
         token_choice (`str`, defaults to `"first_last"`): `"first_last"` or `"attention"`.
+        block_windows (`tuple[tuple[int, int, int], ...]`): `(block, first_tokens, last_tokens)` of the token-aware
+            blocks with another window.
     """
 
     token_aware_blocks: tuple[int, ...] = ()
     first_tokens: int = 16
     last_tokens: int = 112
     token_choice: str = "first_last"
+    block_windows: tuple[tuple[int, int, int], ...] = ()
 
     @property
-    def kept_tokens(self) -> int:
-        """Prompt tokens that a token-aware block hands over of each row and KV head."""
-        return self.first_tokens + self.last_tokens
+    def windows(self) -> dict[int, tuple[int, int]]:
+        """`first_tokens` and `last_tokens` of every token-aware block."""
+        own = {block: (first, last) for block, first, last in self.block_windows}
+        return {block: own.get(block, (self.first_tokens, self.last_tokens)) for block in self.token_aware_blocks}
+
+    def with_windows(self, windows: Mapping[int, tuple[int, int]]) -> "KVPlan":
+        """This plan with other token-aware blocks, and the window of each."""
+        return replace(
+            self,
+            token_aware_blocks=tuple(sorted(windows)),
+            block_windows=tuple((block, *windows[block]) for block in sorted(windows)),
+        )
 
     @property
     def observed_tokens(self) -> int:
@@ -135,36 +150,67 @@ class KVPlan:
 
     def to_text(self) -> str:
         """The tokens that a token-aware block hands over, in words."""
+        kept = {sum(window) for window in self.windows.values()} or {self.first_tokens + self.last_tokens}
+        varies = f"{min(kept)} to {max(kept)}"
         if self.token_choice == "first_last":
+            if self.block_windows:
+                return f"the first and the last prompt tokens, {varies} in all from block to block,"
             return f"the first {self.first_tokens} and the last {self.last_tokens} prompt tokens"
-        chosen = self.kept_tokens - self.observed_tokens
-        return f"the last {self.observed_tokens} prompt tokens and, per head, the {chosen} that these attend to most"
+        chosen = f"the {min(kept) - self.observed_tokens}"
+        if len(kept) > 1:
+            chosen = f"{min(kept) - self.observed_tokens} to {max(kept) - self.observed_tokens}"
+        return f"the last {self.observed_tokens} prompt tokens and, per head, {chosen} that these attend to most"
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data = {
             "token_aware_blocks": list(self.token_aware_blocks),
             "first_tokens": self.first_tokens,
             "last_tokens": self.last_tokens,
             "token_choice": self.token_choice,
         }
+        # Only where there are some, as with projected blocks.
+        return data | ({"block_windows": [list(own) for own in self.block_windows]} if self.block_windows else {})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "KVPlan":
         if isinstance(data, dict):  # plans from before there was a choice
-            data = {"token_choice": "first_last", **data}
-        check_keys(data, ("token_aware_blocks", "first_tokens", "last_tokens", "token_choice"), "kv")
-        if not isinstance(data["token_aware_blocks"], list):
-            raise ValueError(f"kv.token_aware_blocks must be a list, got {data['token_aware_blocks']!r}")
-        return cls(**{**data, "token_aware_blocks": tuple(data["token_aware_blocks"])})
+            data = {"token_choice": "first_last", "block_windows": [], **data}
+        check_keys(data, ("token_aware_blocks", "first_tokens", "last_tokens", "token_choice", "block_windows"), "kv")
+        for key in ("token_aware_blocks", "block_windows"):
+            if not isinstance(data[key], list):
+                raise ValueError(f"kv.{key} must be a list, got {data[key]!r}")
+        for own in data["block_windows"]:
+            if not isinstance(own, list) or len(own) != 3:
+                raise ValueError(f"kv.block_windows: {own!r} is not [block, first_tokens, last_tokens]")
+        lists = {
+            "token_aware_blocks": tuple(data["token_aware_blocks"]),
+            "block_windows": tuple(map(tuple, data["block_windows"])),
+        }
+        return cls(**{**data, **lists})
 
     def checked(self, total: int) -> "KVPlan":
-        for name in ("first_tokens", "last_tokens"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"kv.{name} must be a whole number of tokens, got {value!r}")
-        if self.last_tokens < 1:
-            raise ValueError("kv.last_tokens must be at least 1: decode has to see the end of the prompt")
+        _check_window("kv.", self.first_tokens, self.last_tokens)
         if self.token_choice not in TOKEN_CHOICES:
             raise ValueError(f"kv.token_choice must be one of {', '.join(TOKEN_CHOICES)}, got {self.token_choice!r}")
         blocks = check_block_numbers(self.token_aware_blocks, total, "kv.token_aware_blocks")
-        return replace(self, token_aware_blocks=blocks)
+        check_block_numbers([own[0] for own in self.block_windows], total, "kv.block_windows")
+        for block, first, last in self.block_windows:
+            if block not in blocks:
+                raise ValueError(f"kv.block_windows: block {block} is not token-aware")
+            _check_window(f"kv.block_windows: block {block}, ", first, last)
+            if first + last < self.observed_tokens:
+                raise ValueError(
+                    f"kv.block_windows: block {block} keeps {first + last} tokens, fewer than the "
+                    f"{self.observed_tokens} at the end of the prompt that choose"
+                )
+        default = self.first_tokens, self.last_tokens
+        own = tuple(sorted(own for own in self.block_windows if own[1:] != default))
+        return replace(self, token_aware_blocks=blocks, block_windows=own)
+
+
+def _check_window(where: str, first_tokens: Any, last_tokens: Any) -> None:
+    for name, value in (("first_tokens", first_tokens), ("last_tokens", last_tokens)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{where}{name} must be a whole number of tokens, got {value!r}")
+    if last_tokens < 1:
+        raise ValueError(f"{where}last_tokens must be at least 1: decode has to see the end of the prompt")

@@ -11,7 +11,7 @@ from hf_pdprune.kv import KVPayload, PayloadError
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
-KV = KVPlan((0, 1, 3, 5), 2, 4)
+KV = KVPlan((0, 1, 3, 5), 2, 4, block_windows=((3, 1, 7),))
 
 
 @pytest.fixture

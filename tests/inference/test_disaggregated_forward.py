@@ -19,7 +19,7 @@ def pruned_plan(model, token_choice="first_last"):
         model,
         prefill=StagePlan((1,)),
         decode=StagePlan((1, 4), ((2, 3),)),
-        kv=KVPlan((0, 2, 5), 2, 4, token_choice),
+        kv=KVPlan((0, 2, 5), 2, 4, token_choice, ((2, 1, 6),)),
     )
 
 

@@ -27,7 +27,7 @@ from hf_pdprune.plan_parts import TOKEN_CHOICES  # noqa: E402
 
 pytestmark = pytest.mark.invariant
 
-KV = KVPlan((0, 1, 3, 5), 2, 4)
+KV = KVPlan((0, 1, 3, 5), 2, 4, block_windows=((3, 1, 7),))
 PADDED = [16, 3, 9, 6]
 README = Path(__file__).parents[2] / "README.md"
 

@@ -30,7 +30,7 @@ def test_payload_that_keeps_every_token(tiny_model, architecture, kv):
 def test_payload_of_a_window(tiny_model, architecture, token_choice):
     # The same with fewer tokens: what one process does with the dropped tokens masked.
     model = tiny_model(architecture)
-    plan = PruningPlan.empty(model, kv=KVPlan((0, 1, 3, 5), 2, 4, token_choice))
+    plan = PruningPlan.empty(model, kv=KVPlan((0, 1, 3, 5), 2, 4, token_choice, ((3, 1, 7),)))
     input_ids, mask = random_prompts([16, 3, 9, 6])
     settings = {"max_new_tokens": 10, "do_sample": False}
     expected = masked_generate(model, plan, mask, input_ids=input_ids, attention_mask=mask, **settings)

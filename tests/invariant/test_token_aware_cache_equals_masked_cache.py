@@ -26,6 +26,7 @@ WINDOWS = {
     "all blocks": KVPlan(tuple(range(6)), 2, 4),
     "first block": KVPlan((0,), 2, 4),
     "last block": KVPlan((5,), 1, 1),
+    "windows of blocks": KVPlan((0, 2, 3, 5), 2, 4, block_windows=((0, 1, 3), (3, 4, 5), (5, 9, 9))),
     "no first tokens": KVPlan((0, 2, 5), 0, 5),
     "one token is dropped": KVPlan((0, 2, 5), 7, 8),
     "window as long as the prompt": KVPlan((0, 2, 5), 8, 8),
@@ -63,7 +64,7 @@ def with_attention(tiny_model, architecture, attention):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_architecture(tiny_model, architecture, attention, choice, way):
     model = with_attention(tiny_model, architecture, attention)
-    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice), LENGTHS, *WAYS[way])
+    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice, ((1, 0, 4), (3, 1, 7))), LENGTHS, *WAYS[way])
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [PROMPT_TOKENS], [PROMPT_TOKENS] * 3], ids=["padded", "one", "equal"])
@@ -84,4 +85,4 @@ def test_every_window(tiny_model, architecture, choice, window, lengths):
 def test_without_padding(tiny_model, attention, choice, way):
     # sdpa gets no mask at all here where it can do without.
     model = with_attention(tiny_model, "llama", attention)
-    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice), [PROMPT_TOKENS] * 2, *WAYS[way])
+    check(model, KVPlan((0, 1, 3, 5), 2, 4, choice, ((1, 0, 4), (3, 1, 7))), [PROMPT_TOKENS] * 2, *WAYS[way])

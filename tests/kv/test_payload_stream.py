@@ -90,7 +90,7 @@ def test_each_block_is_sent_when_it_is_done(tiny_llama):
     from hf_pdprune.inference import PrefillStage
     from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
-    plan = PruningPlan.empty(tiny_llama, decode=StagePlan((2,)), kv=KVPlan((0, 3), 2, 4))
+    plan = PruningPlan.empty(tiny_llama, decode=StagePlan((2,)), kv=KVPlan((0, 3), 2, 4, block_windows=((3, 1, 7),)))
     events = []
     for number, block in enumerate(get_blocks(tiny_llama)):
         block.register_forward_pre_hook(lambda *_, number=number: events.append(f"block {number}"))

@@ -24,7 +24,7 @@ def padding_mask(row_lengths, side):
 def test_keeps_first_and_last_real_tokens_of_each_row(row_lengths, first, last, side):
     mask = padding_mask(row_lengths, side)
     window = PromptWindow.of_prompt(mask.shape[1], mask, first, last)
-    dropped = [of_row[0] for of_row in dropped_columns(mask, KVPlan((), first, last))]
+    dropped = [of_row[0] for of_row in dropped_columns(mask, KVPlan(), (first, last))]
     if window is None:
         assert not any(dropped)
         return
@@ -70,7 +70,7 @@ def test_dropped_columns_are_hidden_from_queries_after_the_prompt(row_lengths, f
     tokens = first_query + queries
     if window is None or tokens < mask.shape[1]:
         return
-    dropped = [of_row[0] for of_row in dropped_columns(mask, KVPlan((), first, last))]
+    dropped = [of_row[0] for of_row in dropped_columns(mask, KVPlan(), (first, last))]
     causal = torch.ones(tokens, tokens).tril().bool()[first_query:]
     padding = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]), value=1).bool()
     whole = (causal & padding[:, None])[:, None]

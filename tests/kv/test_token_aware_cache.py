@@ -21,7 +21,7 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 from hf_pdprune.plan_parts import TOKEN_CHOICES
 
 
-KV = KVPlan((0, 1, 3, 5), first_tokens=2, last_tokens=4)
+KV = KVPlan((0, 1, 3, 5), first_tokens=2, last_tokens=4, block_windows=((3, 1, 7),))
 ARCHITECTURES = ["llama", "gemma2", "gpt2"]
 
 
@@ -431,7 +431,7 @@ class TestObservedPrompt:
                 llama(input_ids=input_ids, attention_mask=mask.flip(1), past_key_values=cache)
 
     def test_no_attention_is_held_where_nothing_is_dropped(self, llama):
-        plan = PruningPlan.empty(llama, kv=replace(self.KV, first_tokens=8))
+        plan = PruningPlan.empty(llama, kv=replace(self.KV, first_tokens=8, block_windows=()))
         cache = TokenAwareCache(plan, llama, prompt_tokens=12)
         for size in (10, 2):
             cached_logits(llama, cache, *random_prompts([12, 5]), [size])

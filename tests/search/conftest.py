@@ -47,6 +47,8 @@ def random_plan():
         prefill = [block for block in decode if rng.random() < 0.5]
         blocks = tuple(block for block in range(total) if token_aware and rng.random() < 0.5)
         kv = KVPlan(blocks, rng.randint(0, 3), rng.randint(1, 6), rng.choice(TOKEN_CHOICES))
+        own = {block: (rng.randint(0, 3), rng.randint(6, 9)) for block in blocks if rng.random() < 0.3}
+        kv = kv.with_windows(kv.windows | own)
         silent = blocks if kv.observed_tokens else ()  # these choose tokens, so they cannot be projected
         kept = [block for block in range(total) if block not in decode and block not in silent]
         projected = tuple(block for block in kept[1:] if rng.random() < 0.3)

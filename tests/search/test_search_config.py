@@ -34,6 +34,9 @@ from hf_pdprune.search import SearchConfig
         ({"target_kv_reduction": 0.5}, "target_kv_reduction"),
         ({"token_aware_criterion": "magic"}, "token_aware_criterion must be one of kl"),
         ({"last_tokens": 0}, "last_tokens"),
+        ({"window_factors": [1.0, 0.0]}, "window_factors must be positive"),
+        ({"window_factors": []}, "window_factors must be positive"),
+        ({"window_factors": [1.0, 2.0], "token_aware_criterion": "random"}, "window_factors need the token_aware"),
         ({"token_choice": "h2o"}, "token_choice must be one of first_last, attention"),
     ],
 )
@@ -58,6 +61,13 @@ def test_every_option_is_documented():
 
 def test_tokens_are_chosen_as_by_the_plan_itself():
     assert SearchConfig().token_choice == KVPlan().token_choice == "first_last"
+
+
+def test_windows_differ_from_block_to_block_where_bytes_are_asked_for():
+    assert SearchConfig(target_kv_reduction=5).window_factors == [0.25, 0.5, 1.0, 2.0, 4.0]
+    assert SearchConfig(num_token_aware_blocks=5).window_factors == [1.0]
+    assert SearchConfig(target_kv_reduction=5, token_aware_criterion="random").window_factors == [1.0]
+    assert SearchConfig(target_kv_reduction=5, window_factors=[1.0, 3.0]).window_factors == [1.0, 3.0]
 
 
 def test_prefill_may_lose_more_under_the_relaxed_subset_rule():

@@ -42,20 +42,20 @@ class AblationVariants:
             sizes (`Sequence[tuple[int, int]]`): First and last prompt tokens that are kept.
         """
         for first, last in sizes:
-            kv = replace(self.plan.kv, first_tokens=first, last_tokens=last)
+            kv = replace(self.plan.kv, first_tokens=first, last_tokens=last, block_windows=())
             yield f"window {first} + {last}", replace(self.plan, kv=kv)
 
     def with_blocks(self, other: PruningPlan) -> PruningPlan:
         """
-        The blocks of another plan with this one's window: its token-aware blocks where decode keeps them, and as many
+        The blocks of another plan with this one's windows: its token-aware blocks where decode keeps them, and as many
         others instead of those that it does not, so that as many bytes cross the wire.
         """
         kept = other.kept_blocks("decode")
-        wanted = len(set(self.plan.kv.token_aware_blocks) & set(self.plan.kept_blocks("decode")))
-        chosen = [block for block in self.plan.kv.token_aware_blocks if block in kept]
-        chosen += [block for block in kept if block not in chosen]
-        kv = replace(self.plan.kv, token_aware_blocks=tuple(sorted(chosen[:wanted])))
-        return replace(other, kv=kv)
+        windows = {b: own for b, own in self.plan.kv.windows.items() if b in self.plan.kept_blocks("decode")}
+        chosen = {block: own for block, own in windows.items() if block in kept}
+        homeless = [own for block, own in windows.items() if block not in kept]
+        chosen |= dict(zip((block for block in kept if block not in chosen), homeless, strict=False))
+        return replace(other, kv=self.plan.kv.with_windows(chosen))
 
     @property
     def unified_blocks(self) -> int:
@@ -66,4 +66,4 @@ class AblationVariants:
         return (len(self.plan.prefill.skipped_blocks) + len(self.plan.decode.missing_blocks)) // 2
 
     def _no_window(self) -> KVPlan:
-        return replace(self.plan.kv, token_aware_blocks=())
+        return self.plan.kv.with_windows({})

@@ -155,7 +155,7 @@ def compare_quality(
 def handing_over_all_tokens(stage: Stage) -> Stage:
     """The same stage by a plan without token-aware blocks; the weights are shared."""
     same = copy.copy(stage)  # with what else it was made with: adapter, quantisation
-    same.plan = replace(stage.plan, kv=replace(stage.plan.kv, token_aware_blocks=()))
+    same.plan = replace(stage.plan, kv=stage.plan.kv.with_windows({}))
     if getattr(stage.model.config, "pdprune", None) is not None:
         # A stage checkpoint says in its config by which plan it was made: a shallow copy says otherwise.
         same.model = copy.copy(stage.model)

@@ -73,8 +73,9 @@ class Run:
         mean = self.results.get("tasks_mean")
         window = ""
         if plan is not None and plan.kv.token_aware_blocks:
-            blocks = set(plan.kv.token_aware_blocks) - set(plan.decode.missing_blocks)
-            window = f"{len(blocks)} blocks, {plan.kv.first_tokens} + {plan.kv.last_tokens}"
+            windows = [own for block, own in plan.kv.windows.items() if block not in plan.decode.missing_blocks]
+            sizes = [f"{first} + {last}" for first, last in sorted(set(windows), key=sum)]
+            window = f"{len(windows)} blocks, {' to '.join(dict.fromkeys((sizes[0], sizes[-1])))}" if sizes else ""
             window += " by attention" if plan.kv.token_choice == "attention" else ""
         return [
             self.name,

@@ -36,7 +36,8 @@ class ForwardHooks:
         self.is_active = False  # whether a forward with this cache is running
         self.first_query, self.queries = 0, 0  # its first token's position, and how many tokens it reads
         self.padding_mask: torch.Tensor | None = None  # (rows, seen tokens + new ones), 0 for padding
-        self.mask: tuple[torch.Tensor | None, torch.Tensor] | None = None  # its mask, and what became of it
+        # Its mask, and what became of it in layers that keep the same.
+        self.mask: tuple[torch.Tensor | None, dict[int, torch.Tensor | None]] | None = None
         decoder, blocks = get_decoder(model), get_blocks(model)
         token_aware = {index: cache.layers[index] for index in cache.token_aware_indices}
         # Made before any hook is registered, since this may raise.
@@ -91,9 +92,12 @@ class ForwardHooks:
             mask = arguments.get("attention_mask", args, kwargs)
             if mask is None and layer.is_shortened:  # nothing is padded and one query sees all that is held
                 return None
-            if self.mask is None or self.mask[0] is not mask:  # one mask serves all blocks: fitted once per forward
-                self.mask = (mask, self._fitted(mask, layer))
-            return arguments.replaced("attention_mask", self.mask[1], args, kwargs)
+            if self.mask is None or self.mask[0] is not mask:
+                self.mask = (mask, {})
+            fitted = self.mask[1]
+            if id(layer.window) not in fitted:  # one mask serves all blocks with a window: fitted once per forward
+                fitted[id(layer.window)] = self._fitted(mask, layer)
+            return arguments.replaced("attention_mask", fitted[id(layer.window)], args, kwargs)
 
         return hook
 
@@ -112,7 +116,7 @@ class ForwardHooks:
             cache = self.cache()
             prompt_tokens, padding_mask = cache.prompt_tokens, self.padding_mask
             # So short a prompt loses at most padding, and that the window says.
-            if not self.is_active or layer.is_shortened or prompt_tokens <= cache.plan.kv.kept_tokens:
+            if not self.is_active or layer.is_shortened or prompt_tokens <= layer.first_tokens + layer.last_tokens:
                 return None
             attention = observed_attention(
                 replay,

@@ -64,6 +64,7 @@ class TokenAwareCache(Cache):
         self.prompt_tokens = prompt_tokens
         self.prompt_is_complete = False
         self.repeats_sequence = False
+        windows = plan.kv.windows
         for index in self.running_layers:
             kind = type(self.layers[index])
             if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
@@ -73,8 +74,8 @@ class TokenAwareCache(Cache):
                 )
             # A sliding window is bounded already: left as it is.
             if kind is DynamicLayer:
-                token_aware = self.blocks[index] in plan.kv.token_aware_blocks
-                self.layers[index] = TokenAwareLayer(plan.kv.observed_tokens) if token_aware else ReservedLayer()
+                own = windows.get(self.blocks[index])
+                self.layers[index] = ReservedLayer() if own is None else TokenAwareLayer(*own, plan.kv.observed_tokens)
         check_takes_cache(model)
         if self.token_aware_layers:
             check_attends_by_mask(model)
@@ -97,12 +98,12 @@ class TokenAwareCache(Cache):
         """
         cache = cls(plan, model, prompt_tokens=payload.prompt_tokens, running_blocks=running_blocks)
         payload.check_plan(plan)
-        window = cache.complete_prompt(payload.prompt_mask)
+        cache.complete_prompt(payload.prompt_mask)
         for index in cache.running_layers:
             layer = cache.layers[index]
             keys, values = payload.entries_of(cache.blocks[index])
-            if isinstance(layer, TokenAwareLayer) and window is not None:
-                expected = window.kept_tokens
+            if isinstance(layer, TokenAwareLayer) and layer.window is not None:
+                expected = layer.window.kept_tokens
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 expected = min(payload.prompt_tokens, layer.sliding_window - 1)
             else:
@@ -115,7 +116,7 @@ class TokenAwareCache(Cache):
             layer.keys, layer.values = keys, values
             if isinstance(layer, TokenAwareLayer):
                 layer.seen_tokens = payload.prompt_tokens
-                layer.is_shortened = window is not None
+                layer.is_shortened = layer.window is not None
             elif isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = payload.prompt_tokens
         return cache
@@ -149,19 +150,20 @@ class TokenAwareCache(Cache):
             self.prompt_tokens = seen + new_tokens
         self.complete_prompt(attention_mask)
 
-    def complete_prompt(self, padding_mask: torch.Tensor | None) -> PromptWindow | None:
-        """Fixes the window of the prompt. `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
+    def complete_prompt(self, padding_mask: torch.Tensor | None) -> None:
+        """Fixes the windows of the prompt. `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
         if padding_mask is not None:
             padding_mask = padding_mask[:, : self.prompt_tokens]
-        kv = self.plan.kv
-        padded = kv.observed_tokens > 0 and padding_mask is not None
+        padded = self.plan.kv.observed_tokens > 0 and padding_mask is not None
         if padded and bool((padding_mask.bool().int().diff(dim=-1) < 0).any()):
             raise ValueError("tokens are chosen by attention of the prompt's end: prompts must be padded on the left")
         self.prompt_is_complete = True
-        window = PromptWindow.of_prompt(self.prompt_tokens, padding_mask, kv.first_tokens, kv.last_tokens)
+        windows: dict[tuple[int, int], PromptWindow | None] = {}  # the same object where layers keep the same
         for layer in self.token_aware_layers:
-            layer.window = window
-        return window
+            sizes = layer.first_tokens, layer.last_tokens
+            if sizes not in windows:
+                windows[sizes] = PromptWindow.of_prompt(self.prompt_tokens, padding_mask, *sizes)
+            layer.window = windows[sizes]
 
     @property
     def token_aware_indices(self) -> list[int]:
@@ -215,11 +217,10 @@ class TokenAwareCache(Cache):
 
     def _index_windows(self, rows: torch.Tensor) -> None:
         layers = self.token_aware_layers
-        if layers and layers[0].window is not None:
-            window = layers[0].window.index_rows(rows)
-            for layer in layers:
-                layer.window = window
+        windows = {id(layer.window): layer.window for layer in layers if layer.window is not None}
+        indexed = {key: window.index_rows(rows) for key, window in windows.items()}
         for layer in layers:
+            layer.window = indexed.get(id(layer.window))
             if layer.attention is not None:
                 layer.attention = layer.attention[rows.to(layer.attention.device)]
 

@@ -22,11 +22,14 @@ class TokenAwareLayer(ReservedLayer):
     Tensors have the shape `(batch_size, num_key_value_heads, held_tokens, head_dim)`.
 
     Args:
+        first_tokens (`int`): Real prompt tokens that the window keeps at the beginning.
+        last_tokens (`int`): Those that it keeps at the end.
         observed_tokens (`int`, defaults to 0): Prompt tokens at the end whose queries choose; 0: the window does.
     """
 
-    def __init__(self, observed_tokens: int = 0):
+    def __init__(self, first_tokens: int, last_tokens: int, observed_tokens: int = 0):
         super().__init__()
+        self.first_tokens, self.last_tokens = first_tokens, last_tokens
         self.observed_tokens = observed_tokens
         self.seen_tokens = 0
         # Set by the cache before the forward that completes the prompt; None as long as every token is kept.

@@ -125,10 +125,16 @@ class IncrementalForward:
         if plan.kv.observed_tokens not in (0, base.kv.observed_tokens):
             prefill = 0  # the base's prefill has not been observed so
         decode = [_first_difference(plan.decode, base.decode), prefill]
-        windows = set(plan.kv.token_aware_blocks) ^ set(base.kv.token_aware_blocks)
-        if replace(plan.kv, token_aware_blocks=()) != replace(base.kv, token_aware_blocks=()):
-            windows |= {*plan.kv.token_aware_blocks, *base.kv.token_aware_blocks}
-        decode += windows
+        windows, others = plan.kv.windows, base.kv.windows
+        same_choice = (plan.kv.token_choice, plan.kv.observed_tokens) == (
+            base.kv.token_choice,
+            base.kv.observed_tokens,
+        )
+        decode += [
+            block
+            for block in windows.keys() | others.keys()
+            if windows.get(block) != others.get(block) or not same_choice
+        ]
         # A plan that differs in nothing is run from the last block on: it is asked for its states or logits.
         decode_start = min((block for block in decode if block is not None), default=self.total_blocks - 1)
         return prefill if prefill is None else self._kept_before(prefill), self._kept_before(decode_start)
@@ -208,16 +214,18 @@ class IncrementalForward:
     def _payload(self, batch: CalibrationBatch, plan: PruningPlan, state: BatchState) -> KVPayload:
         """What prefill hands over by the plan, selected from the whole prompt's entries."""
         ids, mask = batch.tensors["prompt_ids"], batch.tensors["prompt_mask"]
-        window = PromptWindow.of_prompt(ids.shape[1], mask, plan.kv.first_tokens, plan.kv.last_tokens)
+        windows = {
+            sizes: PromptWindow.of_prompt(ids.shape[1], mask, *sizes) for sizes in set(plan.kv.windows.values())
+        }
         layers = DynamicCache(config=self.model.config).layers
         entries = {}
         for block in plan.kept_blocks("decode"):
             keys, values = (tensor.to(self.model.dtype) for tensor in state.entries[block])
-            token_aware = block in plan.kv.token_aware_blocks and not layers[block].is_sliding
-            if token_aware and window is not None and plan.kv.observed_tokens:
+            window = None if layers[block].is_sliding else windows.get(plan.kv.windows.get(block))
+            if window is not None and plan.kv.observed_tokens:
                 columns = observed(state.attention[block], window.kept_tokens, plan.kv.observed_tokens, mask)
                 keys, values = select_per_head(keys, columns), select_per_head(values, columns)
-            elif token_aware and window is not None:
+            elif window is not None:
                 keys, values = window.select(keys), window.select(values)
             entries[block] = (keys, values)
         return KVPayload(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)

@@ -13,6 +13,9 @@ CACHE_DTYPES = ("float32", "bfloat16", "float16")
 
 TOKEN_AWARE_CRITERIA = ("kl", "attention_mass", "random")
 
+# Which windows a block may have where bytes are what is asked for (dev/LOG.md, "Windows of blocks").
+_WINDOW_FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
 
 @dataclass
 class SearchConfig:
@@ -100,6 +103,11 @@ class SearchConfig:
             Prompt tokens at the beginning that token-aware blocks keep.
         last_tokens (`int`, *optional*, defaults to `112`):
             Prompt tokens at the end that they keep.
+        window_factors (`list[float]`, *optional*):
+            Windows that a block may have, so many times `first_tokens + last_tokens`. With several of them, blocks
+            that need more of the prompt get more of it, and others less, with the same number of tokens in all: as
+            many as `target_kv_reduction` says, or as `num_token_aware_blocks` with the plain window hand over.
+            Default: 0.25, 0.5, 1, 2 and 4 with a `target_kv_reduction` that is met by KL, else 1 alone.
         token_choice (`str`, *optional*, defaults to `"first_last"`):
             Which tokens are kept: `"first_last"`, or `"attention"`, as many of each KV head, the last 32 and those to
             which these attend most (SnapKV). `"attention"` pays where the stages are otherwise dense (KL 0.067 against
@@ -195,6 +203,13 @@ class SearchConfig:
         default=16, metadata={"help": "Prompt tokens at the beginning that token-aware blocks keep."}
     )
     last_tokens: int = field(default=112, metadata={"help": "Prompt tokens at the end that token-aware blocks keep."})
+    window_factors: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Windows that a block may have, as multiples of first_tokens + last_tokens. Default: 0.25 0.5 1 2 "
+            "4 with target_kv_reduction, else 1."
+        },
+    )
     token_choice: str = field(
         default="first_last",
         metadata={
@@ -249,6 +264,13 @@ class SearchConfig:
                 f"token_aware_criterion must be one of {', '.join(TOKEN_AWARE_CRITERIA)}, got "
                 f"{self.token_aware_criterion!r}"
             )
+        if self.window_factors is None:
+            varies = self.target_kv_reduction is not None and self.token_aware_criterion == "kl"
+            self.window_factors = list(_WINDOW_FACTORS if varies else (1.0,))
+        if not self.window_factors or any(factor <= 0 for factor in self.window_factors):
+            raise ValueError(f"window_factors must be positive numbers, got {self.window_factors}")
+        if self.window_factors != [1.0] and self.token_aware_criterion != "kl":
+            raise ValueError(f"window_factors need the token_aware_criterion kl, got {self.token_aware_criterion!r}")
         if self.token_choice not in TOKEN_CHOICES:
             raise ValueError(f"token_choice must be one of {', '.join(TOKEN_CHOICES)}, got {self.token_choice!r}")
         if not -1 <= self.distillation_threshold <= 1:

@@ -98,7 +98,7 @@ def search_plan(
     if needs_window:
         selection = TokenAwareBlocks(objective, config)
         example = one_shot(objective, removable, config) if config.max_kl is None else objective.dense_plan
-        selection.count(example, selection.candidates(example))
+        selection.check(example)
 
     plan, steps = _choose_blocks(
         objective, Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule), config
@@ -124,7 +124,7 @@ def search_plan(
             )
         kv_objective = costs.get("token_aware_blocks", objective)
         plan = TokenAwareBlocks(kv_objective, config).choose(plan)
-        every = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
+        every = replace(plan, kv=plan.kv.with_windows({}))
         energies["all_tokens"], energies["token_aware"] = kv_objective.energy(every), kv_objective.energy(plan)
     energies["result"] = objective.energy(plan)
     provenance = {

@@ -1,5 +1,6 @@
 """TokenAwareBlocks: which blocks lose least when decode receives only some of the prompt's tokens."""
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from ..kv.attention_replay import AttentionReplay
 from ..plan import KVPlan, PruningPlan
 from .annealing import AnnealingSearch
 from .attention_mass import AttentionMass
+from .block_windows import BlockWindows
 from .objective import Objective
 from .search_config import SearchConfig
 
@@ -23,7 +25,8 @@ class TokenAwareBlocks:
     disaggregated forward: greedily one by one, then by annealing jointly. Prefill is never run again, and decode only
     from the first block that differs, so a candidate costs a fraction of a forward over the completion.
 
-    The prompts should be longer than the window, or dropping causes nothing.
+    The prompts should be longer than the window, or dropping causes nothing. With several `window_factors` blocks get
+    windows of their own (see [`BlockWindows`]).
 
     Args:
         objective ([`Objective`]): On prompts that are longer than the window.
@@ -49,7 +52,10 @@ class TokenAwareBlocks:
                 comes.
         """
         candidates = self.candidates(plan)
-        count = self.count(plan, candidates)
+        if self.config.window_factors != [1.0]:
+            windows = BlockWindows(self.objective, self.config, candidates)
+            return windows.choose(plan, self._budget(plan, windows))
+        count = self._count(plan, candidates)
         if count in (0, len(candidates)):
             return self._with_blocks(plan, candidates[:count])
         if self.config.token_aware_criterion == "attention_mass":
@@ -74,27 +80,56 @@ class TokenAwareBlocks:
             block for block in plan.kept_blocks("decode") if not layers[block].is_sliding and block not in silent
         )
 
-    def count(self, plan: PruningPlan, candidates: tuple[int, ...]) -> int:
-        """How many blocks have to be token-aware."""
+    def check(self, plan: PruningPlan) -> None:
+        """Raises what [`TokenAwareBlocks.choose`] raises for a plan like this, before anything is measured."""
+        candidates = self.candidates(plan)
+        if self.config.window_factors != [1.0]:
+            self._budget(plan, BlockWindows(self.objective, self.config, candidates))
+        else:
+            self._count(plan, candidates)
+
+    def _count(self, plan: PruningPlan, candidates: tuple[int, ...]) -> int:
+        """How many blocks have to be token-aware, with the same window each."""
         config = self.config
         if config.target_kv_reduction is None:
-            count = config.num_token_aware_blocks or 0
-            if count > len(candidates):
-                raise ValueError(
-                    f"num_token_aware_blocks is {count}, but only {len(candidates)} of the blocks that decode keeps "
-                    "can be token-aware"
-                )
-            return count
-        best = 0.0
+            return self._checked_number(candidates)
         for count in range(len(candidates) + 1):
-            best = self._with_blocks(plan, candidates[:count]).kv_reduction(config.kv_prompt_tokens)["total"]
-            if best >= config.target_kv_reduction:
+            tried = self._with_blocks(plan, candidates[:count])
+            if tried.kv_reduction(config.kv_prompt_tokens)["total"] >= config.target_kv_reduction:
                 return count
-        raise ValueError(
+        raise self._unreachable(tried, candidates)
+
+    def _budget(self, plan: PruningPlan, windows: BlockWindows) -> int:
+        """Tokens that the candidates may hand over of a prompt of `kv_prompt_tokens`, with windows of their own."""
+        config, candidates = self.config, windows.candidates
+        tokens = config.kv_prompt_tokens
+        if config.target_kv_reduction is None:
+            count = self._checked_number(candidates)
+            return count * (config.first_tokens + config.last_tokens) + (len(candidates) - count) * tokens
+        least = windows.least(plan)
+        if least.kv_reduction(tokens)["total"] < config.target_kv_reduction:
+            raise self._unreachable(least, candidates)
+        dense = plan.num_hidden_layers * tokens
+        fixed = sum(plan.kept_prompt_tokens(b, tokens) for b in plan.kept_blocks("decode") if b not in candidates)
+        return math.floor(dense / config.target_kv_reduction) - fixed
+
+    def _checked_number(self, candidates: Sequence[int]) -> int:
+        count = self.config.num_token_aware_blocks or 0
+        if count > len(candidates):
+            raise ValueError(
+                f"num_token_aware_blocks is {count}, but only {len(candidates)} of the blocks that decode keeps can "
+                "be token-aware"
+            )
+        return count
+
+    def _unreachable(self, best: PruningPlan, candidates: Sequence[int]) -> ValueError:
+        config = self.config
+        window = next(iter(best.kv.windows.values()), (config.first_tokens, config.last_tokens))
+        return ValueError(
             f"target_kv_reduction {config.target_kv_reduction} cannot be met: with all {len(candidates)} possible "
-            f"blocks token-aware, a window of {config.first_tokens} + {config.last_tokens} of "
-            f"{config.kv_prompt_tokens} prompt tokens and {len(plan.decode.missing_blocks)} blocks removed it is "
-            f"{best:.2f}"
+            f"blocks token-aware, a window of {window[0]} + {window[1]} of {config.kv_prompt_tokens} prompt tokens "
+            f"and {len(best.decode.missing_blocks)} blocks removed it is "
+            f"{best.kv_reduction(config.kv_prompt_tokens)['total']:.2f}"
         )
 
     def _with_blocks(self, plan: PruningPlan, blocks: Sequence[int]) -> PruningPlan:

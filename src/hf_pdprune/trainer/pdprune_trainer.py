@@ -220,7 +220,7 @@ class PDPruneTrainer(SFTTrainer):
         key = (plan.digest, token_aware)
         if self._stages is None or self._stages[0] != key:
             if not token_aware:
-                plan = replace(plan, kv=replace(plan.kv, token_aware_blocks=()))
+                plan = replace(plan, kv=plan.kv.with_windows({}))
             learning = self.accelerator.unwrap_model(self.model)
             adapters = self.stage_adapters.of_model(learning)
             stages = []
