@@ -65,7 +65,7 @@ def test_not_above_one_window_for_all_at_the_same_bytes(objective, options, choi
     varied = TokenAwareBlocks(objective, config(token_choice=choice, **options)).choose(plan)
     plain = TokenAwareBlocks(objective, config(token_choice=choice, window_factors=[1.0], **options)).choose(plan)
     assert set(plain.kv.windows.values()) == {(1, 7)}
-    assert set(varied.kv.windows.values()) <= {(0, 4), (1, 7), (2, 14)} and varied.kv.token_choice == choice
+    assert set(varied.kv.windows.values()) <= {(1, 4), (1, 7), (2, 14)} and varied.kv.token_choice == choice
     assert 2 not in varied.kv.token_aware_blocks and (varied.prefill, varied.decode) == (plan.prefill, plan.decode)
     if options.get("target_kv_reduction"):
         assert varied.kv_reduction(40)["total"] >= 2.5
@@ -77,7 +77,7 @@ def test_not_above_one_window_for_all_at_the_same_bytes(objective, options, choi
 def test_near_the_best_of_all(objective):
     plan = replace(objective.dense_plan, decode=StagePlan((0, 2, 4)))
     chosen = TokenAwareBlocks(objective, config(num_token_aware_blocks=2)).choose(plan)
-    windows = [(0, 4), (1, 7), (2, 14), None]
+    windows = [(1, 4), (1, 7), (2, 14), None]
     energies = []
     for three in product(windows, repeat=3):
         kv = KVPlan((), 1, 7).with_windows({b: own for b, own in zip((1, 3, 5), three, strict=True) if own})
@@ -99,7 +99,7 @@ def test_refining_is_an_option(objective):
 def test_moves_keep_to_the_budget_and_reach_every_window(objective):
     windows, rng = BlockWindows(objective, config(), range(6)), random.Random(0)
     plan, seen = windows.least(objective.dense_plan), set()
-    assert plan.kv.windows == dict.fromkeys(range(6), (0, 4))
+    assert plan.kv.windows == dict.fromkeys(range(6), (1, 4))
     for _ in range(600):
         plan = windows._move(plan, 90, rng)
         assert tokens_of(plan) <= 90
@@ -109,7 +109,7 @@ def test_moves_keep_to_the_budget_and_reach_every_window(objective):
 
 def test_windows_that_the_prompts_cannot_tell_are_left_out(objective):
     found = BlockWindows(objective, config(window_factors=[0.5, 1.0, 2.0, 3.0, 4.0, 5.0]), range(6))
-    assert list(found.sizes) == [(0, 4), (1, 7), (2, 14), None]  # 24 is more than half of the longest prompt, 40
+    assert list(found.sizes) == [(1, 4), (1, 7), (2, 14), None]  # 24 is more than half of the longest prompt, 40
     short = BlockWindows(objective, config(first_tokens=4, last_tokens=28), range(6))
     assert list(short.sizes) == [(2, 14), (4, 28), None]  # the plain window always is one of them
     by_attention = BlockWindows(objective, config(token_choice="attention", last_tokens=8), range(6))
@@ -119,9 +119,9 @@ def test_windows_that_the_prompts_cannot_tell_are_left_out(objective):
 def test_what_cannot_be_met_says_how_near_the_best_comes(objective):
     plan = replace(objective.dense_plan, decode=StagePlan((2,)))
     with pytest.raises(
-        ValueError, match=r"cannot be met: .* a window of 0 \+ 4 of 40 .* and 1 blocks removed it is 12.00"
+        ValueError, match=r"cannot be met: .* a window of 1 \+ 4 of 40 .* and 1 blocks removed it is 9.60"
     ):
-        TokenAwareBlocks(objective, config(target_kv_reduction=12.5)).check(plan)
-    TokenAwareBlocks(objective, config(target_kv_reduction=12)).check(plan)
+        TokenAwareBlocks(objective, config(target_kv_reduction=9.7)).check(plan)
+    TokenAwareBlocks(objective, config(target_kv_reduction=9.5)).check(plan)
     with pytest.raises(ValueError, match="num_token_aware_blocks is 6, but only 5"):
         TokenAwareBlocks(objective, config(num_token_aware_blocks=6)).check(plan)

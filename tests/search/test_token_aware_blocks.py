@@ -50,7 +50,9 @@ def test_prefill_is_never_run_again(tiny_llama, calibration, choice):
 def test_the_target_is_met_with_as_few_blocks_as_possible(tiny_llama, calibration):
     objective = objective_of(tiny_llama, calibration)
     plan = replace(objective.dense_plan, decode=StagePlan((2,)))
-    config = SearchConfig(target_kv_reduction=2, kv_prompt_tokens=100, first_tokens=2, last_tokens=8)
+    config = SearchConfig(
+        target_kv_reduction=2, kv_prompt_tokens=100, first_tokens=2, last_tokens=8, window_factors=[1.0]
+    )
     chosen = TokenAwareBlocks(objective, config).choose(plan)
     assert chosen.kv_reduction(100)["total"] >= 2
     fewer = replace(chosen, kv=KVPlan(chosen.kv.token_aware_blocks[1:], 2, 8))
@@ -59,7 +61,9 @@ def test_the_target_is_met_with_as_few_blocks_as_possible(tiny_llama, calibratio
 
 def test_what_cannot_be_met_says_how_near_the_best_comes(tiny_llama, tiny_model, calibration):
     objective = objective_of(tiny_llama, calibration)
-    config = SearchConfig(target_kv_reduction=20, kv_prompt_tokens=100, first_tokens=2, last_tokens=8)
+    config = SearchConfig(
+        target_kv_reduction=20, kv_prompt_tokens=100, first_tokens=2, last_tokens=8, window_factors=[1.0]
+    )
     with pytest.raises(ValueError, match="target_kv_reduction 20 cannot be met: .* it is 10.00"):
         TokenAwareBlocks(objective, config).choose(objective.dense_plan)
     with pytest.raises(ValueError, match="num_token_aware_blocks is 7, but only 6"):

@@ -41,8 +41,9 @@ class BlockWindows:
         self.candidates = tuple(candidates)
         kv = KVPlan((), config.first_tokens, config.last_tokens, config.token_choice)
         longest = max(batch["prompt_ids"].shape[1] for batch in objective.calibration.batches)
+        # The first token stays: much of the attention rests on it (attention sinks, arXiv 2309.17453).
         windows = {
-            (round(factor * kv.first_tokens), max(round(factor * kv.last_tokens), 1))
+            (max(round(factor * kv.first_tokens), min(kv.first_tokens, 1)), max(round(factor * kv.last_tokens), 1))
             for factor in config.window_factors
         }
         fitting = {
