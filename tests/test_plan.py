@@ -331,7 +331,7 @@ class TestBlockWindows:
         )
 
     def test_in_words(self, varied):
-        assert varied.kv.to_text() == "the first and the last prompt tokens, 128 to 512 in all from block to block,"
+        assert varied.kv.to_text() == "between 128 and 512 of the first and last prompt tokens"
         assert replace(varied.kv, token_choice="attention").to_text() == (
             "the last 32 prompt tokens and, per head, 96 to 480 that these attend to most"
         )

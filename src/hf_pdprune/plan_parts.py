@@ -1,6 +1,6 @@
 """The parts of a pruning plan: what it says of one stage (StagePlan), and of the hand-over (KVPlan)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -151,15 +151,19 @@ class KVPlan:
     def to_text(self) -> str:
         """The tokens that a token-aware block hands over, in words."""
         kept = {sum(window) for window in self.windows.values()} or {self.first_tokens + self.last_tokens}
-        varies = f"{min(kept)} to {max(kept)}"
         if self.token_choice == "first_last":
-            if self.block_windows:
-                return f"the first and the last prompt tokens, {varies} in all from block to block,"
+            if len(kept) > 1:
+                return f"between {min(kept)} and {max(kept)} of the first and last prompt tokens"
             return f"the first {self.first_tokens} and the last {self.last_tokens} prompt tokens"
         chosen = f"the {min(kept) - self.observed_tokens}"
         if len(kept) > 1:
             chosen = f"{min(kept) - self.observed_tokens} to {max(kept) - self.observed_tokens}"
         return f"the last {self.observed_tokens} prompt tokens and, per head, {chosen} that these attend to most"
+
+    def blocks_to_text(self, missing_blocks: Sequence[int] = ()) -> list[str]:
+        """The token-aware blocks but `missing_blocks`, where windows differ with the tokens that each hands over."""
+        windows = {block: sum(window) for block, window in self.windows.items() if block not in missing_blocks}
+        return [f"{block} ({kept})" if self.block_windows else str(block) for block, kept in windows.items()]
 
     def to_dict(self) -> dict[str, Any]:
         data = {

@@ -70,6 +70,17 @@ def test_projected_blocks_are_named(tmp_path):
     assert "| only keys and values computed | 1, 5 | none |" in (tmp_path / "report.md").read_text()
 
 
+def test_windows_of_blocks_are_in_report_and_picture(tmp_path):
+    plan = replace(PLAN, kv=KVPlan((0, 2, 5), 4, 28, block_windows=((5, 16, 112),)))
+    plan.save_pretrained(tmp_path)
+    write_results(tmp_path, RESULTS)
+    write_report(tmp_path)
+    expected = "Token-aware blocks (between 32 and 128 of the first and last prompt tokens): 0 (32), 5 (128)"
+    assert expected in (tmp_path / "report.md").read_text()
+    pictures = [plot_plan(which, None, tmp_path / "plan.png").read_bytes() for which in (PLAN, plan)]
+    assert pictures[0] != pictures[1]
+
+
 def test_parts_that_were_not_measured_are_left_out(tmp_path):
     PLAN.save_pretrained(tmp_path)
     write_results(tmp_path, {"kv": RESULTS["kv"]})

@@ -40,7 +40,7 @@ def plot_plan(plan: PruningPlan, redundancy: Sequence[float] | None, path: str |
     _draw_stages(stages, plan)
     figure.suptitle(f"{Path(plan.base_model).name}: what each stage does without", fontsize=11)
     handles = _legend_handles(plan)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False, fontsize=8)
     return save_figure(figure, path)
 
 
@@ -72,6 +72,10 @@ def _draw_stages(axes, plan: PruningPlan) -> None:
             axes.add_patch(
                 Rectangle((block - 0.42, row - 0.38), 0.84, 0.76, facecolor=color, edgecolor="#9aa5b1", linewidth=0.6)
             )
+    if plan.kv.block_windows:
+        for block, window in plan.kv.windows.items():
+            if block not in plan.decode.missing_blocks:
+                axes.annotate(str(sum(window)), (block, 2), ha="center", va="center", fontsize=7, color="white")
     total = plan.num_hidden_layers
     axes.set_xlim(-0.7, total - 0.3)
     axes.set_ylim(len(rows) - 0.45, -0.55)
@@ -112,6 +116,7 @@ def _legend_handles(plan: PruningPlan) -> list:
     if plan.prefill.projected_blocks:
         labels[_PROJECTED] = "only keys and values computed"
     if plan.kv.token_aware_blocks:
-        labels[_WINDOW] = f"token-aware: KV of {plan.kv.to_text()}"
+        text = plan.kv.to_text() if not plan.kv.block_windows else "so many prompt tokens"
+        labels[_WINDOW] = f"token-aware: KV of {text}"
     labels[_NONE] = "no KV"
     return [Patch(facecolor=color, edgecolor="#9aa5b1", label=label) for color, label in labels.items()]

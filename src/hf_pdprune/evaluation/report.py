@@ -215,7 +215,7 @@ def _remarks(results: Mapping[str, Any]) -> list[str]:
 
 def _plan_table(plan: PruningPlan) -> list[str]:
     kv = plan.kv
-    token_aware = [block for block in kv.token_aware_blocks if block not in plan.decode.missing_blocks]
+    token_aware = kv.blocks_to_text(plan.decode.missing_blocks)
     lines = ["| | prefill | decode |", "|---|---|---|"]
     for title, key in (("blocks removed", "removed_blocks"), ("merged [kept, absorbed]", "merged_blocks")):
         cells = [numbers(getattr(plan.stage(stage), key)) for stage in ("prefill", "decode")]

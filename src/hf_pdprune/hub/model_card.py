@@ -66,7 +66,7 @@ def model_card(
         model_name=name,
         eval_results=_eval_results(results) or None,
     )
-    token_aware = [block for block in plan.kv.token_aware_blocks if block not in plan.decode.missing_blocks]
+    token_aware = plan.kv.blocks_to_text(plan.decode.missing_blocks)
     parts = {"prefill_projected": plan.prefill.projected_blocks and _numbers(plan.prefill.projected_blocks)}
     for part in STAGES:
         parts[f"{part}_removed"] = _numbers(plan.stage(part).removed_blocks)
