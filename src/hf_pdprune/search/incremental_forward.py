@@ -214,14 +214,13 @@ class IncrementalForward:
     def _payload(self, batch: CalibrationBatch, plan: PruningPlan, state: BatchState) -> KVPayload:
         """What prefill hands over by the plan, selected from the whole prompt's entries."""
         ids, mask = batch.tensors["prompt_ids"], batch.tensors["prompt_mask"]
-        windows = {
-            sizes: PromptWindow.of_prompt(ids.shape[1], mask, *sizes) for sizes in set(plan.kv.windows.values())
-        }
+        sizes_of = plan.kv.windows
+        windows = {sizes: PromptWindow.of_prompt(ids.shape[1], mask, *sizes) for sizes in set(sizes_of.values())}
         layers = DynamicCache(config=self.model.config).layers
         entries = {}
         for block in plan.kept_blocks("decode"):
             keys, values = (tensor.to(self.model.dtype) for tensor in state.entries[block])
-            window = None if layers[block].is_sliding else windows.get(plan.kv.windows.get(block))
+            window = None if layers[block].is_sliding else windows.get(sizes_of.get(block))
             if window is not None and plan.kv.observed_tokens:
                 columns = observed(state.attention[block], window.kept_tokens, plan.kv.observed_tokens, mask)
                 keys, values = select_per_head(keys, columns), select_per_head(values, columns)
