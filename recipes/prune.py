@@ -92,7 +92,7 @@ class PruneArguments:
     kv_calibration_examples: int = field(
         default=6, metadata={"help": "Examples with long prompts on which token-aware blocks are chosen."}
     )
-    kv_calibration_prompt_tokens: int = field(default=512, metadata={"help": "Prompt tokens of such an example."})
+    kv_calibration_prompt_tokens: int = field(default=960, metadata={"help": "Prompt tokens of such an example."})
     train_dataset: str = field(default="pydoc-topics", metadata={"help": "Text for distillation."})
     train_subset: str | None = field(default=None, metadata={"help": "Configuration of that data set."})
     train_split: str = field(default="train", metadata={"help": "Split of that data set."})

@@ -116,6 +116,13 @@ def test_windows_that_the_prompts_cannot_tell_are_left_out(objective):
     assert list(by_attention.sizes) == [(1, 8), (2, 16), None]  # what chooses is kept
 
 
+def test_prompts_too_short_to_tell_are_named(objective, caplog):
+    BlockWindows(objective, config(), range(6))
+    assert not caplog.records
+    BlockWindows(objective, config(kv_prompt_tokens=80), range(6))
+    assert "tokens for prompts of 80" in caplog.text
+
+
 def test_what_cannot_be_met_says_how_near_the_best_comes(objective):
     plan = replace(objective.dense_plan, decode=StagePlan((2,)))
     with pytest.raises(

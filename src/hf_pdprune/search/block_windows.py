@@ -1,5 +1,6 @@
 """BlockWindows: how many of the prompt's tokens each block hands over, where that differs from block to block."""
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +14,10 @@ from .objective import Objective
 from .search_config import SearchConfig
 
 
+logger = logging.getLogger(__name__)
+
+# Calibration prompts shorter than this part of `kv_prompt_tokens` favour long windows.
+_LEAST_PART_OF_PROMPT = 0.75
 # First and last prompt tokens; `None` for all of them.
 Window = tuple[int, int] | None
 # Share of moves that exchange the windows of two blocks; others give to one block and take from others.
@@ -52,6 +57,13 @@ class BlockWindows:
             if kv.observed_tokens <= sum(window) < config.kv_prompt_tokens
             and (2 * sum(window) <= longest or window == (kv.first_tokens, kv.last_tokens))
         }
+        if longest < _LEAST_PART_OF_PROMPT * config.kv_prompt_tokens:
+            logger.warning(
+                "windows are chosen on prompts of %d tokens for prompts of %d, on which long windows drop more; use "
+                "longer calibration prompts",
+                longest,
+                config.kv_prompt_tokens,
+            )
         self.kv = kv
         # From the smallest one to all tokens, with the tokens that each hands over.
         self.sizes: dict[Window, int] = {window: sum(window) for window in sorted(fitting, key=sum)}
