@@ -176,6 +176,24 @@ def test_empty_text_is_an_error_that_names_the_file(prune, options, tmp_path):
     assert not (tmp_path / "run" / "pruning_plan.json").exists()
 
 
+def test_more_out_of_prefill_and_windows_of_blocks(prune, options, tmp_path):
+    windows = {"target_kv_reduction": 3.0, "kv_prompt_tokens": 48}
+    for name in ("num_token_aware_blocks", "merge_pairs", "merge_rank"):
+        del options[name]
+    run(prune, options, relaxed_subset_rule=True, num_prefill_blocks=3, num_decode_blocks=1, **windows)
+    folder = tmp_path / "run"
+    plan, results = PruningPlan.from_pretrained(folder), read_results(folder)
+    assert len(plan.prefill.skipped_blocks) == 3 and len(plan.decode.missing_blocks) == 1
+    assert len(plan.prefill.projected_blocks) >= 2 and plan.kv_reduction(48)["total"] >= 3
+    assert results["quality"]["healed"]["kl"] >= 0 and results["handover"]["nbytes"] > 0
+    assert 2 / 6 < results["speed"]["prefill_share_removed"] < 3 / 6
+    prefill, decode = load_stages(folder)
+    assert prefill.model.config.num_hidden_layers == 6 - len(plan.prefill.missing_blocks)
+    assert decode.model.config.num_hidden_layers == 5
+    report = (folder / "report.md").read_text()
+    assert "only keys and values computed" in report and "keys and values alone" in (folder / "prefill" / "README.md").read_text()
+
+
 def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, tmp_path):
     path = PruningPlan.empty(tiny_llama, "other").save_pretrained(tmp_path / "run")
     before = path.read_text()

@@ -22,7 +22,7 @@ from .block_statistics import BlockStatistics
 from .calibration import Calibration
 from .merged_pairs import MERGED_PAIRS_FILE_NAME, MergedPairs
 from .objective import Objective
-from .operations import Operations, removable_blocks, unprotected_blocks
+from .operations import Operations, removable_blocks, unprotected_blocks, with_removed
 from .pareto_front import ParetoFront, ParetoPoint
 from .search_config import SearchConfig
 from .search_journal import SearchJournal
@@ -97,8 +97,8 @@ def search_plan(
     objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
     if needs_window:
         selection = TokenAwareBlocks(objective, config)
-        example = one_shot(objective, removable, config) if config.max_kl is None else objective.dense_plan
-        selection.check(example)
+        lost = removable[:num_decode] if config.max_kl is None else ()
+        selection.check(with_removed(objective.dense_plan, (), lost))
 
     plan, steps = _choose_blocks(
         objective, Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule), config
