@@ -1,7 +1,7 @@
 """Adapters: one LoRA per stage over one copy of the dense weights."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -62,6 +62,33 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     return {name: p for name, p in model.named_parameters() if f".{adapter}." in f"{name}."}
 
 
+def outermost_layer(name: str, layers: Collection[str]) -> str | None:
+    """The name of the adapted module, of those in `layers`, that a weight belongs to; `None` for other weights."""
+    parts = name.split(".")
+    return next((prefix for end in range(1, len(parts)) if (prefix := ".".join(parts[:end])) in layers), None)
+
+
+def nested_layers(layer: BaseTunerLayer) -> list[BaseTunerLayer]:
+    """An adapted module's wrappers, from the outermost one: experts have one for each of their parameters."""
+    wrappers = [layer]
+    while isinstance(layer := layer.base_layer, BaseTunerLayer):
+        wrappers.append(layer)
+    return wrappers
+
+
+def name_without_adapters(name: str, layers: Collection[str]) -> str | None:
+    """The name that a weight has in the dense model; `None` where it belongs to an adapter."""
+    prefix = current = outermost_layer(name, layers)
+    if prefix is None:
+        return name
+    rest = name[len(prefix) + 1 :]
+    while current in layers:
+        if not rest.startswith("base_layer."):
+            return None
+        rest, current = rest.removeprefix("base_layer."), f"{current}.base_layer"
+    return f"{prefix}.{rest}"
+
+
 class MergedWeights(Mapping[str, torch.Tensor]):
     """
     The dense model's weights with what `adapter` learned added to them, by the names that the model has without peft.
@@ -81,16 +108,13 @@ class MergedWeights(Mapping[str, torch.Tensor]):
         self._prefixes: dict[str, str] = {}  # of the weights that belong to adapted modules
         self._last: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
         for name, tensor in base.state_dict().items():
-            parts = name.split(".")
-            ends = (".".join(parts[:end]) for end in range(1, len(parts)))
-            prefix = next((prefix for prefix in ends if prefix in self._layers), None)
-            if prefix is None:
-                self._dense[name] = tensor
-            elif name.startswith(f"{prefix}.base_layer."):  # all else in an adapted module belongs to adapters
-                name = name.replace(".base_layer.", ".", 1)
-                self._dense[name] = tensor
-                if adapter in self._layers[prefix]._all_available_adapter_names():
-                    self._prefixes[name] = prefix
+            prefix, dense_name = outermost_layer(name, self._layers), name_without_adapters(name, self._layers)
+            if dense_name is None:
+                continue
+            self._dense[dense_name] = tensor
+            wrappers = [] if prefix is None else nested_layers(self._layers[prefix])
+            if any(adapter in wrapper._all_available_adapter_names() for wrapper in wrappers):
+                self._prefixes[dense_name] = prefix
 
     def __len__(self) -> int:
         return len(self._dense)
@@ -112,7 +136,9 @@ class MergedWeights(Mapping[str, torch.Tensor]):
             return self._dense[name]
         if self._last[0] != prefix:  # weight and bias of a module come one after the other
             layer = copy.deepcopy(self._layers[prefix])
-            layer.merge(adapter_names=[self.adapter])
+            for wrapper in nested_layers(layer):
+                if self.adapter in wrapper._all_available_adapter_names():
+                    wrapper.merge(adapter_names=[self.adapter])
             weights = layer.get_base_layer().state_dict().items()
             self._last = prefix, {f"{prefix}.{key}": tensor for key, tensor in weights}
         return self._last[1][name]

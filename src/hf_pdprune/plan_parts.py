@@ -150,14 +150,15 @@ class KVPlan:
 
     def to_text(self) -> str:
         """The tokens that a token-aware block hands over, in words."""
-        kept = {sum(window) for window in self.windows.values()} or {self.first_tokens + self.last_tokens}
+        windows = sorted(set(self.windows.values()) or {(self.first_tokens, self.last_tokens)}, key=sum)
+        least, most = sum(windows[0]), sum(windows[-1])
         if self.token_choice == "first_last":
-            if len(kept) > 1:
-                return f"between {min(kept)} and {max(kept)} of the first and last prompt tokens"
-            return f"the first {self.first_tokens} and the last {self.last_tokens} prompt tokens"
-        chosen = f"the {min(kept) - self.observed_tokens}"
-        if len(kept) > 1:
-            chosen = f"{min(kept) - self.observed_tokens} to {max(kept) - self.observed_tokens}"
+            if len(windows) == 1:
+                return f"the first {windows[0][0]} and the last {windows[0][1]} prompt tokens"
+            return f"between {least} and {most} of the first and last prompt tokens"
+        chosen = f"the {least - self.observed_tokens}"
+        if least < most:
+            chosen = f"{least - self.observed_tokens} to {most - self.observed_tokens}"
         return f"the last {self.observed_tokens} prompt tokens and, per head, {chosen} that these attend to most"
 
     def blocks_to_text(self, missing_blocks: Sequence[int] = ()) -> list[str]:

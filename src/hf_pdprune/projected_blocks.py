@@ -141,9 +141,8 @@ def _find_idle_layers(model: nn.Module, block: int, inner: nn.Module) -> list[st
     layers = {
         name: module
         for name, module in inner.named_modules()
-        if f"{name}." in adapted
-        or next(module.parameters(recurse=False), None) is not None
-        and not name.startswith(adapted)
+        if (f"{name}." in adapted or next(module.parameters(recurse=False), None) is not None)
+        and not name.startswith(adapted)  # what is within an adapted module belongs to it
     }
     ran: set[str] = set()
     cache = DynamicCache(config=model.config)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
@@ -25,6 +27,12 @@ def test_parts_differ_from_the_plan_in_one_thing():
         "blocks only": (*both, ()),
         "blocks and cache": (*both, window),
     }
+
+
+def test_what_prefill_projects_decode_runs():
+    relaxed = replace(PLAN, prefill=StagePlan((3, 5), (), (1, 9)))
+    alone = dict(AblationVariants(relaxed).parts())["blocks only, those of prefill"]
+    assert alone.prefill == alone.decode == StagePlan((3, 5))
 
 
 def test_windows_keep_the_blocks():

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,12 +10,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from hf_pdprune.adapters import active_adapter
-from hf_pdprune.blocks import bypass_blocks, get_blocks
+from hf_pdprune.blocks import bypass_blocks
 from hf_pdprune.hub import build_stage, export_stage, export_stages, load_stages
 from hf_pdprune.hub import folder_swap as folder_swap_module
 from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
-from hf_pdprune.projected_blocks import ProjectedBlock, project_blocks
 
 
 EXPORTED = ["llama", "qwen3", "gemma2", "gemma3_text", "smollm3", "gpt2", "opt", "gpt_neox"]
@@ -65,60 +63,26 @@ def test_exported_and_reloaded_equals_bypassed(tiny_model, name, removed, tmp_pa
 
 
 @pytest.mark.invariant
-@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "mixtral", "qwen3_moe"])
 @torch.no_grad()
 def test_merged_adapter_equals_applied_adapter(tiny_model, name, tmp_path):
-    # In float64, since a merged weight is rounded otherwise than an applied one.
-    model = with_adapters(tiny_model(name).double())
+    # In float64, since a merged weight is rounded otherwise than an applied one; experts have no such products.
+    dtype, atol = (torch.float32, 5e-3) if name in ("mixtral", "qwen3_moe") else (torch.float64, 1e-9)
+    model = with_adapters(tiny_model(name).to(dtype))
     plan = plan_of(model.get_base_model())
     dense_before = {key: value.clone() for key, value in model.state_dict().items()}
     export_stages(model, plan, tmp_path, {"prefill": "prefill", "decode": "decode"})
     for stage, removed in (("prefill", (2,)), ("decode", (2, 4))):
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / stage, dtype=torch.float64)
+        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / stage, dtype=dtype)
         with bypass_blocks(model, removed), active_adapter(model, stage):
             expected = model(input_ids=IDS, use_cache=False).logits
         with bypass_blocks(model, removed), active_adapter(model, None):
             dense = model(input_ids=IDS, use_cache=False).logits
         assert (expected - dense).abs().max() > 0.1
-        torch.testing.assert_close(reloaded(IDS, use_cache=False).logits, expected, atol=1e-9, rtol=0)
+        torch.testing.assert_close(reloaded(IDS, use_cache=False).logits, expected, atol=atol, rtol=0)
         assert not [key for key in reloaded.state_dict() if "lora" in key or "base_layer" in key]
         assert not (tmp_path / stage / "adapter_config.json").exists()
     assert all(torch.equal(value, dense_before[key]) for key, value in model.state_dict().items())
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", [*EXPORTED, "mixtral"])
-def test_projected_blocks_hand_on_what_they_get_in_any_tool(tiny_model, name, tmp_path):
-    model = with_adapters(tiny_model(name)) if name != "mixtral" else tiny_model(name)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    adapter = None if base is model else "prefill"
-    plan = replace(plan_of(base), prefill=StagePlan((2,), (), (1, 5)))
-    export_stage(model, plan, "prefill", tmp_path / "prefill", adapter)
-    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "prefill")
-    assert reloaded.config.num_hidden_layers == 5
-    caches = [DynamicCache(config=each.config) for each in (base, reloaded)]
-    with bypass_blocks(model, (2,)), project_blocks(model, (1, 5)), active_adapter(model, adapter):
-        expected = model(input_ids=IDS, past_key_values=caches[0], use_cache=True).logits
-    actual = reloaded(IDS, past_key_values=caches[1], use_cache=True).logits
-    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-4)
-    for index, block in enumerate((0, 1, 3, 4, 5)):
-        torch.testing.assert_close(caches[1].layers[index].keys, caches[0].layers[block].keys, atol=1e-3, rtol=1e-4)
-    # And the stage leaves the work out.
-    stage = PrefillStage(reloaded, plan)
-    with stage.active():
-        cache = DynamicCache(config=reloaded.config)
-        assert torch.equal(reloaded(IDS, past_key_values=cache, use_cache=True).logits, actual)
-        assert isinstance(get_blocks(reloaded)[1], ProjectedBlock) and isinstance(
-            get_blocks(reloaded)[4], ProjectedBlock
-        )
-
-
-def test_blocks_that_cannot_be_projected_are_refused_before_anything_is_written(tiny_model, tmp_path):
-    model = tiny_model("opt", do_layer_norm_before=False)
-    plan = replace(plan_of(model), prefill=StagePlan((2,), (), (1,)))
-    with pytest.raises(ValueError, match="block 1 of OPTForCausalLM cannot be projected"):
-        export_stages(model, plan, tmp_path / "pair")
-    assert not (tmp_path / "pair").exists()
 
 
 @torch.no_grad()

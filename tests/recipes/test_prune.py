@@ -191,7 +191,10 @@ def test_more_out_of_prefill_and_windows_of_blocks(prune, options, tmp_path):
     assert prefill.model.config.num_hidden_layers == 6 - len(plan.prefill.missing_blocks)
     assert decode.model.config.num_hidden_layers == 5
     report = (folder / "report.md").read_text()
-    assert "only keys and values computed" in report and "keys and values alone" in (folder / "prefill" / "README.md").read_text()
+    assert (
+        "only keys and values computed" in report
+        and "keys and values alone" in (folder / "prefill" / "README.md").read_text()
+    )
 
 
 def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, tmp_path):

@@ -53,6 +53,17 @@ def adapters_of(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
+def check_saved_stages(trainer, rows, folder):
+    """What is saved does what the trained stages do."""
+    trainer.save_model(str(folder))
+    batch = trainer.data_collator([rows[0], rows[1]])
+    trainer.model.eval()
+    with torch.no_grad():
+        expected = disaggregated_forward(*trainer.stages(), batch)
+        actual = disaggregated_forward(*load_stages(folder), batch)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_training_brings_the_pair_nearer_to_the_dense_model(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path, tiny_tokenizer, max_steps=30)
     before = trainer.evaluate()["eval_loss"]
@@ -106,25 +117,13 @@ def test_prefill_may_project_blocks_that_decode_keeps(tiny_llama, plan, rows, tm
     assert trainer.evaluate()["eval_loss"] < 0.8 * before
     learned = adapters_of(trainer)
     assert all(not torch.equal(learned[name], started[name]) for name in of_projected if "lora_B" in name)
-    trainer.save_model(str(tmp_path / "stages"))
-    batch = trainer.data_collator([rows[0], rows[1]])
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = disaggregated_forward(*trainer.stages(), batch)
-        actual = disaggregated_forward(*load_stages(tmp_path / "stages"), batch)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    check_saved_stages(trainer, rows, tmp_path / "stages")
 
 
 def test_saved_stages_are_what_was_trained(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
     trainer = make_trainer(tiny_llama, plan, rows, tmp_path / "run", tiny_tokenizer)
     trainer.train()
-    trainer.save_model(str(tmp_path / "stages"))
-    batch = trainer.data_collator([rows[0], rows[1]])
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = disaggregated_forward(*trainer.stages(), batch)
-        actual = disaggregated_forward(*load_stages(tmp_path / "stages"), batch)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    check_saved_stages(trainer, rows, tmp_path / "stages")
     decode = AutoModelForCausalLM.from_pretrained(tmp_path / "stages" / "decode")
     assert decode.config.num_hidden_layers == 4
 
@@ -343,13 +342,7 @@ def test_one_stage_learns_and_the_other_stays(tiny_llama, plan, rows, tmp_path, 
             assert torch.equal(parameter, dense[name]), name
     if not full:
         assert list(trainer.model.peft_config) == [stage]
-    trainer.save_model(str(tmp_path / "stages"))
-    batch = trainer.data_collator([rows[0], rows[1]])
-    trainer.model.eval()
-    with torch.no_grad():
-        expected = disaggregated_forward(*trainer.stages(), batch)
-        actual = disaggregated_forward(*load_stages(tmp_path / "stages"), batch)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    check_saved_stages(trainer, rows, tmp_path / "stages")
 
 
 def test_unified_stages_share_one_adapter(tiny_model, plan, rows, tmp_path, tiny_tokenizer):

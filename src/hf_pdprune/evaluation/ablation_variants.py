@@ -30,7 +30,7 @@ class AblationVariants:
         yield "nothing removed", replace(plan, prefill=nothing, decode=nothing, kv=self._no_window())
         yield "cache only", replace(plan, prefill=nothing, decode=nothing)
         yield "blocks only, decode alone", replace(plan, prefill=nothing, kv=self._no_window())
-        yield "blocks only, those of prefill", replace(plan, decode=plan.prefill, kv=self._no_window())
+        yield "blocks only, those of prefill", replace(plan, **self._of_prefill(), kv=self._no_window())
         yield "blocks only", replace(plan, kv=self._no_window())
         yield "blocks and cache", plan
 
@@ -64,6 +64,11 @@ class AblationVariants:
         rounded down, in the unified plan's favour.
         """
         return (len(self.plan.prefill.skipped_blocks) + len(self.plan.decode.missing_blocks)) // 2
+
+    def _of_prefill(self) -> dict[str, StagePlan]:
+        """Both stages without the blocks that prefill lacks; what it projects, decode runs."""
+        both = replace(self.plan.prefill, projected_blocks=())
+        return {"prefill": both, "decode": both}
 
     def _no_window(self) -> KVPlan:
         return self.plan.kv.with_windows({})

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from torch import nn
 
-from ..adapters import adapter_layers
+from ..adapters import adapter_layers, name_without_adapters
 from ..blocks import get_blocks
 from ..inference import DecodeStage, PrefillStage
 from ..projected_blocks import idle_layers
@@ -53,6 +53,5 @@ def _parameters(module: nn.Module, prefix: str = "") -> int:
     return sum(
         parameter.numel()
         for name, parameter in module.named_parameters()
-        if name.startswith(prefix)
-        and (".base_layer." in name or not any(name.startswith(f"{layer}.") for layer in layers))
+        if name.startswith(prefix) and name_without_adapters(name, layers) is not None
     )

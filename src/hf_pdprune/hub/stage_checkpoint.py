@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters import MergedWeights, adapter_parameters
+from ..adapters import MergedWeights, adapter_layers, adapter_parameters, name_without_adapters
 from ..blocks import blocks_path, empty_shorter, shortened_names, shortened_tensor
 from ..fingerprint import combined_fingerprint, model_fingerprint
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS, by_stage, served_stages
@@ -94,9 +94,9 @@ def build_stage(
 def _check_tied_weights(model: PreTrainedModel, merged: MergedWeights) -> None:
     """Raises a `ValueError` where an adapter has changed one of two tied weights: a checkpoint holds only one."""
     groups: dict[int, list[str]] = {}
+    layers = adapter_layers(model)
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        name = name.replace(".base_layer.", ".")
-        if name in merged:  # else it belongs to an adapter
+        if (name := name_without_adapters(name, layers)) is not None:
             groups.setdefault(id(parameter), []).append(name)
     for names in groups.values():
         adapted = [name for name in names if merged.is_adapted(name)]

@@ -146,9 +146,10 @@ class StepwiseSearch:
         start, greedy_energy = objective.best_of(additions, progress.update)
         self._note(greedy, additions)
         best, energy = start, greedy_energy
-        # Of single blocks the best is known already.
+        # Of single blocks the best is known already, where each can go in one way only.
         single = max(len(start.prefill.skipped_blocks), len(start.decode.missing_blocks)) == 1
-        if self.annealing_share and not (single and not operations.has_pairs and not operations.relaxed):
+        is_best = single and not (operations.has_pairs or operations.relaxed)
+        if self.annealing_share and not is_best:
             with objective.estimating(self.config.search_share, self.config.search_confidence or None):
                 found = self._anneal(start, plan, stages, round(self.annealing_share * plain), progress)
             objective.accept(found)

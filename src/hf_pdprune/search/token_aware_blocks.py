@@ -103,15 +103,23 @@ class TokenAwareBlocks:
         """Tokens that the candidates may hand over of a prompt of `kv_prompt_tokens`, with windows of their own."""
         config, candidates = self.config, windows.candidates
         tokens = config.kv_prompt_tokens
+        least = windows.least(plan)
+        smallest = sum(least.kept_prompt_tokens(block, tokens) for block in candidates)
         if config.target_kv_reduction is None:
             count = self._checked_number(candidates)
-            return count * (config.first_tokens + config.last_tokens) + (len(candidates) - count) * tokens
-        least = windows.least(plan)
-        if least.kv_reduction(tokens)["total"] < config.target_kv_reduction:
-            raise self._unreachable(least, candidates)
+            budget = count * (config.first_tokens + config.last_tokens) + (len(candidates) - count) * tokens
+            if budget < smallest:
+                raise ValueError(
+                    f"window_factors {config.window_factors} have no window small enough for the bytes of "
+                    f"num_token_aware_blocks {count}"
+                )
+            return budget
         dense = plan.num_hidden_layers * tokens
         fixed = sum(plan.kept_prompt_tokens(b, tokens) for b in plan.kept_blocks("decode") if b not in candidates)
-        return math.floor(dense / config.target_kv_reduction) - fixed
+        budget = math.floor(dense / config.target_kv_reduction) - fixed
+        if budget < smallest:
+            raise self._unreachable(least, candidates)
+        return budget
 
     def _checked_number(self, candidates: Sequence[int]) -> int:
         count = self.config.num_token_aware_blocks or 0
