@@ -11,6 +11,7 @@ README = HERE / "README.md"
 # Every requirement is written once, here; the lists below name packages. constraints.txt has what is tested together.
 _deps = [
     "accelerate",
+    "bitsandbytes",
     "datasets",
     "deepspeed",
     "evaluate",
@@ -58,6 +59,7 @@ extras = {
     "eval": deps_list("lm-eval"),
     "plots": deps_list("matplotlib"),
     "gguf": deps_list("gguf"),
+    "qlora": deps_list("bitsandbytes"),
     "vllm": deps_list("vllm"),
 }
 extras["dev"] = (
@@ -66,6 +68,7 @@ extras["dev"] = (
     + extras["gguf"]
     + extras["deepspeed"]
     + extras["eval"]
+    + extras["qlora"]
 )
 
 setup(

@@ -15,6 +15,7 @@ LAYERS = [
     "run_folder",
     "weight_files",
     "evaluating",
+    "own_attribute",
     "shortened_config",
     "blocks",
     "pair_layout",

@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -62,6 +64,22 @@ def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter
     return {name: p for name, p in model.named_parameters() if f".{adapter}." in f"{name}."}
 
 
+def dense_layer(layer: nn.Module) -> nn.Module:
+    """The linear layer itself, within an adapter's wrapping."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
+def dense_weight(layer: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer, without what adapters add to it; computed anew where it is quantised."""
+    return dequantize_module_weight(dense_layer(layer))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module's weight is not the numbers themselves (4 or 8 bits, bitsandbytes)."""
+    weight = module._parameters.get("weight")
+    return weight is not None and type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
 def outermost_layer(name: str, layers: Collection[str]) -> str | None:
     """The name of the adapted module, of those in `layers`, that a weight belongs to; `None` for other weights."""
     parts = name.split(".")
@@ -92,8 +110,8 @@ def name_without_adapters(name: str, layers: Collection[str]) -> str | None:
 class MergedWeights(Mapping[str, torch.Tensor]):
     """
     The dense model's weights with what `adapter` learned added to them, by the names that the model has without peft.
-    A weight is merged when it is read, so that a model can be written without a second copy of it in memory. The
-    dense weights are not changed.
+    A weight is merged when it is read, so that a model can be written without a second copy of it in memory; quantised
+    weights are dequantised then, too. The dense weights are not changed.
 
     Args:
         model (`nn.Module`): A model, wrapped by peft or not.
@@ -106,12 +124,19 @@ class MergedWeights(Mapping[str, torch.Tensor]):
         self._layers = adapter_layers(base)
         self._dense: dict[str, torch.Tensor] = {}
         self._prefixes: dict[str, str] = {}  # of the weights that belong to adapted modules
+        self._quantized: dict[str, nn.Module] = {}  # by name of the weight
         self._last: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
+        quantized = {name: module for name, module in base.named_modules() if is_quantized(module)}
         for name, tensor in base.state_dict().items():
+            owner = outermost_layer(name, quantized)
+            if owner is not None and name[len(owner) + 1 :] not in quantized[owner]._parameters:
+                continue  # scales and the like
             prefix, dense_name = outermost_layer(name, self._layers), name_without_adapters(name, self._layers)
             if dense_name is None:
                 continue
             self._dense[dense_name] = tensor
+            if owner is not None and name == f"{owner}.weight":
+                self._quantized[dense_name] = quantized[owner]
             wrappers = [] if prefix is None else nested_layers(self._layers[prefix])
             if any(adapter in wrapper._all_available_adapter_names() for wrapper in wrappers):
                 self._prefixes[dense_name] = prefix
@@ -132,6 +157,8 @@ class MergedWeights(Mapping[str, torch.Tensor]):
     @torch.no_grad()
     def __getitem__(self, name: str) -> torch.Tensor:
         prefix = self._prefixes.get(name)
+        if name in self._quantized:
+            return self._dequantized(name)
         if prefix is None:
             return self._dense[name]
         if self._last[0] != prefix:  # weight and bias of a module come one after the other
@@ -142,6 +169,23 @@ class MergedWeights(Mapping[str, torch.Tensor]):
             weights = layer.get_base_layer().state_dict().items()
             self._last = prefix, {f"{prefix}.{key}": tensor for key, tensor in weights}
         return self._last[1][name]
+
+    def _dequantized(self, name: str) -> torch.Tensor:
+        """A quantised weight with what the adapter adds to it: peft's own merging would quantise the sum again."""
+        weight = dense_weight(self._quantized[name])
+        if name not in self._prefixes:
+            return weight
+        for wrapper in nested_layers(self._layers[self._prefixes[name]]):
+            if self.adapter in wrapper._all_available_adapter_names():
+                if not isinstance(wrapper, LoraLayer) or self.adapter in wrapper.lora_variant:
+                    raise ValueError(
+                        f"the adapter {self.adapter!r} cannot be merged into the quantised weight {name}: it is no "
+                        "plain LoRA (DoRA and the like)"
+                    )
+                down, up = wrapper.lora_A[self.adapter].weight, wrapper.lora_B[self.adapter].weight
+                delta = (up.float() @ down.float()) * wrapper.scaling[self.adapter]
+                weight = (weight.float() + delta.to(weight.device)).to(weight.dtype)
+        return weight
 
 
 def merged_state_dict(model: nn.Module, adapter: str | None) -> dict[str, torch.Tensor]:

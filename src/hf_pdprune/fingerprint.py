@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def combined_fingerprint(dense: str, tensors: dict[str, torch.Tensor]) -> str:
+def combined_fingerprint(dense: str, tensors: Mapping[str, torch.Tensor]) -> str:
     """The digest of a pair: of its dense model's and of a sample of what its distillation has learned."""
     digest = hashlib.sha256(dense.encode())
     for name in sorted(tensors):

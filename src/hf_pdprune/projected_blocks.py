@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import Cache, DynamicCache
 
-from .adapters import active_adapter, adapter_layers
+from .adapters import active_adapter, adapter_layers, is_quantized
 from .blocks import (
     BypassedBlock,
     block_behind,
@@ -21,6 +22,7 @@ from .blocks import (
     num_block_outputs,
 )
 from .evaluating import evaluating
+from .own_attribute import own_attribute
 
 
 # What projects queries alone, within an attention module. Where one layer makes queries, keys and values, it runs.
@@ -40,7 +42,8 @@ class ProjectedBlock(BypassedBlock):
 
     The block runs up to the moment in which it has written, but for the query projection where it is a layer of its
     own. Blocks whose weights are partitioned (ZeRO-3, FSDP) run to their end, since what gathers their weights waits
-    for that: right, but nothing is saved.
+    for that: right, but nothing is saved. FSDP gathers them for the backward pass when a gradient arrives at the
+    block's output, so there the output takes part in the graph, with a gradient of zero.
 
     Args:
         block (`nn.Module`): The block.
@@ -50,26 +53,30 @@ class ProjectedBlock(BypassedBlock):
     def __init__(self, block: nn.Module, num_outputs: int | None):
         super().__init__(block, num_outputs)
         inner = self.block = block_behind(block)  # a submodule, unlike a bypassed one: it runs, adapters and all
-        self.stops_early = not any(_is_partitioned(parameter) for parameter in inner.parameters())
+        self.is_wrapped = any(isinstance(module, FSDPModule) for module in inner.modules())
+        self.stops_early = not (self.is_wrapped or any(map(_is_partitioned, inner.parameters())))
         children = get_attention(inner).named_children()
         # A list, so that the layer is no submodule of the stand-in.
         self.query_layers = [layer for name, layer in children if name in _QUERY_LAYERS]
 
         @functools.wraps(inner.forward)  # who looks for an argument's place finds the block's
-        def forward(*args: Any, **kwargs: Any) -> torch.Tensor | tuple:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple:
             for cache in (value for value in (*args, *kwargs.values()) if isinstance(value, Cache)):
-                self._write(cache, args, kwargs)
-            return BypassedBlock.forward(self, *args, **kwargs)
+                output = self._write(cache, hidden_states, *args, **kwargs)
+                if self.is_wrapped:
+                    hidden_states = _PassedBy.apply(hidden_states, output)
+            return BypassedBlock.forward(self, hidden_states, *args, **kwargs)
 
         self.forward = forward
 
-    def _write(self, cache: Cache, args: tuple, kwargs: dict) -> None:
-        """Runs the block until it has written into the cache."""
-        inner = self.block
+    def _write(self, cache: Cache, *args: Any, **kwargs: Any) -> torch.Tensor | None:
+        """Runs the block until it has written into the cache, or to its end; then returns what comes out of it."""
+        inner, output = self.block, None
         with ExitStack() as contexts:
             written = contexts.enter_context(_watching(cache, self.stops_early))
             if not self.stops_early:
-                inner(*args, **kwargs)
+                output = inner(*args, **kwargs)
+                output = output if isinstance(output, torch.Tensor) else output[0]
             else:
                 for layer in self.query_layers:
                     contexts.enter_context(_giving_zeros(layer))
@@ -80,6 +87,19 @@ class ProjectedBlock(BypassedBlock):
                     pass
         if not written:
             raise ValueError(f"{type(inner).__name__} does not write into the KV cache: it cannot be projected")
+        return output
+
+
+class _PassedBy(torch.autograd.Function):
+    """Hidden states that pass by a block: its output counts for nothing, but a gradient, zero, arrives at it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_states: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return hidden_states.view_as(hidden_states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradient, torch.zeros_like(gradient)
 
 
 @contextmanager
@@ -224,7 +244,7 @@ def _watching(cache: Cache, stop: bool) -> Iterator[list[bool]]:
             raise _Written
         return result
 
-    with _own_attribute(cache, "update", watched):
+    with own_attribute(cache, "update", watched):
         yield written
 
 
@@ -234,30 +254,22 @@ def _giving_zeros(layer: nn.Module) -> AbstractContextManager[None]:
     def forward(states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return states.new_zeros(1).expand(*states.shape[:-1], layer.out_features)
 
-    return _own_attribute(layer, "forward", forward)
+    return own_attribute(layer, "forward", forward)
 
 
 @contextmanager
-def _own_attribute(thing: Any, name: str, value: Any) -> Iterator[None]:
-    """Within this context an object, not its class, has another value."""
-    there, before = name in vars(thing), vars(thing).get(name)
-    try:
-        setattr(thing, name, value)
-        yield
-    finally:
-        delattr(thing, name)
-        if there:
-            setattr(thing, name, before)
-
-
-@contextmanager
-def _without_weights(modules: Iterable[nn.Module]) -> Iterator[None]:
+def _without_weights(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Within this context the weights of the modules are zero."""
-    weights = {parameter: parameter.data for module in modules for parameter in module.parameters()}
-    try:
-        for parameter in weights:
-            parameter.data = torch.zeros_like(parameter.data)
-        yield
-    finally:
-        for parameter, data in weights.items():
-            parameter.data = data
+    quantized = [module for module in modules if any(map(is_quantized, module.modules()))]
+    others = [module for module in modules if module not in quantized]
+    weights = {parameter: parameter.data for module in others for parameter in module.parameters()}
+    with ExitStack() as stack:
+        for module in quantized:  # what is stored as zero is no zero there
+            stack.enter_context(_giving_zeros(module))
+        try:
+            for parameter in weights:
+                parameter.data = torch.zeros_like(parameter.data)
+            yield
+        finally:
+            for parameter, data in weights.items():
+                parameter.data = data

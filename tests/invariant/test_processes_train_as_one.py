@@ -35,6 +35,21 @@ ZERO = {
 }
 # Nothing stays whole: every parameter is partitioned, and gathered only for those who use it.
 ZERO_3 = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+KINDS = {
+    "ddp": {},
+    "fsdp2": {
+        "fsdp": True,
+        "fsdp_config": {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "reshard_after_forward": True,
+            "cpu_ram_efficient_loading": False,
+            "state_dict_type": "FULL_STATE_DICT",
+        },
+    },
+    "zero2": {"deepspeed": ZERO | {"zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": ZERO | {"zero_optimization": ZERO_3}},
+}
 
 
 @pytest.fixture
@@ -54,7 +69,7 @@ def train(folder, processes, **options):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
-    options["output_dir"] = str(folder / f"run-{processes}")
+    options.setdefault("output_dir", str(folder / f"run-{processes}"))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     command += [str(SCRIPT), str(folder), json.dumps(options)]
@@ -72,14 +87,12 @@ def train(folder, processes, **options):
 
 
 @pytest.mark.invariant
-@pytest.mark.parametrize("kind", ["ddp", "zero3"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one_with_twice_the_batch(folder, kind):
-    if kind == "zero3":
+    if "deepspeed" in KINDS[kind]:
         pytest.importorskip("deepspeed")
     result, weights = train(folder, 1)
-    two, weights_of_two = train(
-        folder, 2, **({"deepspeed": ZERO | {"zero_optimization": ZERO_3}} if kind == "zero3" else {})
-    )
+    two, weights_of_two = train(folder, 2, **KINDS[kind])
     log, log_of_two = ([entry for entry in r["log"] if "loss" in entry] for r in (result, two))
     assert len(log) == 3
     for name in ("loss", "kl", "prefill_kl", "decode_kl", "perplexity", "num_tokens", "decode_blocks"):
@@ -90,3 +103,18 @@ def test_two_processes_train_as_one_with_twice_the_batch(folder, kind):
     assert weights_of_two.keys() == weights.keys()
     for name, tensor in weights.items():  # of the checkpoint's adapters, and of the exported stages
         assert_close(weights_of_two[name], tensor, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.invariant
+def test_training_with_fsdp_goes_on_where_it_was_interrupted(folder):
+    # By default what was fitted is frozen: FSDP's own checkpoint does not have it.
+    options = KINDS["fsdp2"] | {"train_fitted_layers": False, "optim": "adamw_torch"}
+    whole, weights = train(folder, 2, **options, save_steps=2, output_dir=str(folder / "whole"))
+    resumed, weights_of_resumed = train(
+        folder, 2, **options, output_dir=str(folder / "resumed"), resume=str(folder / "whole" / "checkpoint-2")
+    )
+    losses, losses_of_resumed = ([entry["loss"] for entry in r["log"] if "loss" in entry] for r in (whole, resumed))
+    assert len(losses) == 3
+    assert losses_of_resumed == pytest.approx(losses, rel=1e-5)
+    for name, tensor in weights.items():
+        assert_close(weights_of_resumed[name], tensor, atol=1e-6, rtol=1e-4)

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -33,10 +35,14 @@ def main(folder: Path, options: dict) -> None:
 
         # It would be compiled, for minutes and behind a lock, on every fresh machine; gloo does the same.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    args = PDPruneConfig(**options)
+    if args.fsdp:
+        # accelerate shards on accelerators alone. FSDP2 itself runs on CPUs too, which is all that it needs to know.
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = PDPruneTrainer(
         model,
         plan,
-        args=PDPruneConfig(**options),
+        args=args,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[4:12]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),

@@ -1,6 +1,7 @@
 """Writes stage checkpoints: ordinary transformers checkpoints of the prefill and the decode stage."""
 
 import os
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -113,13 +114,13 @@ def pair_fingerprint(model: nn.Module, adapters: Mapping[str, str]) -> str:
         model (`nn.Module`): The dense model, wrapped by peft or not.
         adapters (`Mapping[str, str]`): Name of the adapter of each stage that has one.
     """
-    sampled = dict(MergedWeights(model, None))
+    learned: dict[str, torch.Tensor] = {}
     for stage, adapter in adapters.items():
         parameters = adapter_parameters(model, adapter)
         if not parameters:
             raise ValueError(f"the model has no adapter {adapter!r}")
-        sampled |= {f"{name}.".replace(f".{adapter}.", f".{stage}."): p for name, p in parameters.items()}
-    return combined_fingerprint(model_fingerprint(model), sampled)
+        learned |= {f"{name}.".replace(f".{adapter}.", f".{stage}."): p for name, p in parameters.items()}
+    return combined_fingerprint(model_fingerprint(model), ChainMap(learned, MergedWeights(model, None)))
 
 
 def export_stage(

@@ -1,15 +1,18 @@
 """GapFit: what a block beside a gap takes over of the missing blocks."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .mlp_neurons import dense_layer, linear_layers, neuron_rows
+from ..adapters import dense_layer, dense_weight
+from ..own_attribute import own_attribute
+from .mlp_neurons import linear_layers, neuron_rows
 
 
 @dataclass
@@ -83,15 +86,12 @@ class GapFit:
             return
         with torch.no_grad():
             weights = self._weights(blocks)
-        parameters = {name: dense_layer(layers[name]).weight for name in weights}
-        before = {name: parameter.data for name, parameter in parameters.items()}
-        try:
-            for name, parameter in parameters.items():
-                parameter.data = weights[name].to(parameter)
+        with ExitStack() as stack:
+            for name, weight in weights.items():  # not by way of the layer's parameter, which may be quantised
+                layer = dense_layer(layers[name])
+                forward = partial(_linear, weight=weight, bias=layer.bias)
+                stack.enter_context(own_attribute(layer, "forward", forward))
             yield
-        finally:
-            for name, parameter in parameters.items():
-                parameter.data = before[name]
 
     @torch.no_grad()
     def start_adapter(self, blocks: Sequence[nn.Module], number: int, adapter: str) -> None:
@@ -112,7 +112,7 @@ class GapFit:
             factors[self.output_layer] = self.correction
         else:
             for name, weight in self._weights(blocks).items():
-                factors[name] = _as_factors(weight.float() - dense_layer(layers[name]).weight.float())
+                factors[name] = _as_factors(weight.float() - dense_weight(layers[name]).float())
         for name, (down, _) in factors.items():
             layer = layers[name]
             if not isinstance(layer, BaseTunerLayer) or adapter not in layer.lora_A:
@@ -170,6 +170,10 @@ class GapFit:
         blocks = tuple(tensors["blocks"].tolist())
         taken = (tensors[name] for name in ("scales", "chosen", "columns"))
         return cls(left, output_layer, TakenNeurons(blocks, tuple(input_layers), *taken))
+
+
+def _linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(states, weight.to(states), bias)
 
 
 def _as_factors(delta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

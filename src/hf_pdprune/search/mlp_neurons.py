@@ -9,6 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..adapters import dense_layer, dense_weight
+
 
 class MLPNeurons:
     """
@@ -58,10 +60,10 @@ class MLPNeurons:
             return None
         width = features[0].shape[-1]
         for layer in input_layers.values():
-            weight, bias = dense_layer(layer).weight, dense_layer(layer).bias
-            if not isinstance(dense_layer(layer), nn.Linear) or bias is not None:
+            linear = dense_layer(layer)
+            if not isinstance(linear, nn.Linear) or linear.bias is not None:
                 return None
-            if weight.shape[0] % width or weight.shape[1] != hidden[0].shape[-1]:
+            if linear.out_features % width or linear.in_features != hidden[0].shape[-1]:
                 return None
         neurons = cls(norms[0], mlp, input_layers, output_layer)
         # Neurons are exchangeable if exchanging what the input layers give exchanges them.
@@ -72,7 +74,7 @@ class MLPNeurons:
     @property
     def columns(self) -> torch.Tensor:
         """What each neuron adds to the residual stream, shape `(num_neurons, hidden_size)`."""
-        return dense_layer(self.output_layer).weight.T
+        return dense_weight(self.output_layer).T
 
     def features(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """
@@ -116,14 +118,9 @@ def mlp_path(block: nn.Module) -> str:
     return next(reversed(linear_layers(block)), "").rpartition(".")[0]
 
 
-def dense_layer(layer: nn.Module) -> nn.Module:
-    """The linear layer itself, within an adapter's wrapping."""
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
 def neuron_rows(layer: nn.Module, num_neurons: int) -> torch.Tensor:
     """The rows of an input layer by neuron, shape `(parts, num_neurons, hidden_size)`."""
-    weight = dense_layer(layer).weight
+    weight = dense_weight(layer)
     return weight.view(-1, num_neurons, weight.shape[-1])
 
 

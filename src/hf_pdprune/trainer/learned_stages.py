@@ -1,8 +1,6 @@
 """Writes the stages that a training has made as checkpoints of their own."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from peft import PeftModel
 from torch import nn
@@ -13,6 +11,7 @@ from ..hub.stage_checkpoint import StageBuilder, export_pair, pair_fingerprint
 from ..inference import DecodeStage, PrefillStage
 from ..pair_layout import DISAGGREGATED, served_stages
 from ..plan import PruningPlan
+from .whole_weights import whole_weights
 
 
 def export_learned_stages(
@@ -57,16 +56,3 @@ def shared_fingerprint(model: nn.Module) -> tuple[str, bool]:
     weight = base.get_input_embeddings().weight
     with whole_weights(nn.ParameterList([weight])):
         return model_fingerprint(base), hasattr(weight, "ds_status")
-
-
-@contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
-    """Within this context every process holds all weights of a model that ZeRO-3 has partitioned."""
-    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed  # it is installed where weights are partitioned by it
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield

@@ -26,14 +26,21 @@ from .adapted_model import add_adapters
 from .callbacks import BlockRemovalCallback
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
-from .learned_stages import export_learned_stages, shared_fingerprint, whole_weights
+from .learned_stages import export_learned_stages, shared_fingerprint
 from .local_distillation import LocalDistillation
 from .pdprune_config import PDPruneConfig
 from .round_search import RoundSearch
 from .stage_adapters import STAGE_ADAPTERS
-from .training_checkpoint import DivergenceError, begin_checkpoint, check_adapters, last_complete_checkpoint
+from .training_checkpoint import (
+    DivergenceError,
+    begin_checkpoint,
+    check_adapters,
+    last_complete_checkpoint,
+    load_sharded_adapters,
+)
 from .training_data import check_given_rows, check_prepared_rows
 from .training_metrics import TrainingMetrics
+from .whole_weights import whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -331,6 +338,9 @@ class PDPruneTrainer(SFTTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
+        if self.is_fsdp_enabled:  # its own files leave out what does not learn
+            load_sharded_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
+            return
         learning = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         for name, parameter in self.model.named_parameters():
@@ -338,7 +348,7 @@ class PDPruneTrainer(SFTTrainer):
             parameter.requires_grad_(name in learning)
 
     def _load_best_model(self) -> None:
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or not isinstance(self.model, PeftModel):
+        if self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):
             super()._load_best_model()
         else:  # Trainer looks for an adapter without a name
             self._load_from_checkpoint(self.state.best_model_checkpoint)
@@ -358,11 +368,6 @@ class PDPruneTrainer(SFTTrainer):
             return
         if self.state.global_step > 0 and not self.removal.is_complete:
             logger.warning("training ended before all blocks were removed; the saved stages lack all of them")
-        if self.is_fsdp_enabled:
-            raise ValueError(
-                "the stages are not exported from weights that FSDP has sharded: train(resume_from_checkpoint=...) in "
-                "one process, from the last checkpoint, trains no further and can save them"
-            )
         with whole_weights(self.accelerator.unwrap_model(self.model)):
             if self.args.should_save:
                 export_learned_stages(

@@ -137,4 +137,4 @@ def _takes_any_delta(layer: nn.Module, adapter: str) -> bool:
     """Whether the adapter's rank is enough for any change of the layer's weight."""
     if not isinstance(layer, BaseTunerLayer) or adapter not in layer.lora_A:
         return False
-    return layer.r[adapter] >= min(layer.get_base_layer().weight.shape)
+    return layer.r[adapter] >= min(layer.in_features, layer.out_features)

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
+
+from .whole_weights import set_sharded
 
 
 ADAPTER_FILE_NAME = "adapter_model.safetensors"
@@ -59,3 +62,18 @@ def check_adapters(folder: str | os.PathLike, model: nn.Module, adapters: tuple[
                     f"there and {expected.get(name)} here (None: it is missing); the same plan, lora_rank and "
                     "peft_config are needed"
                 )
+
+
+def load_sharded_adapters(folder: str | os.PathLike, model: PeftModel, adapters: tuple[str, ...]) -> None:
+    """
+    Sets adapters that FSDP has sharded to those of a checkpoint, in all processes.
+
+    Args:
+        folder (`str`): The checkpoint, which [`check_adapters`] has let pass.
+        model ([`~peft.PeftModel`]): The model.
+        adapters (`tuple[str, ...]`): Names of the adapters.
+    """
+    for adapter in adapters:
+        # These share memory with the model's parameters, and have the names that peft gives them in a file.
+        own = get_peft_model_state_dict(model, adapter_name=adapter)
+        set_sharded(own, load_file(Path(folder) / adapter / ADAPTER_FILE_NAME))

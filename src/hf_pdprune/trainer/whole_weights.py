@@ -1,0 +1,80 @@
+"""Whole weights, for a while, of a model that is partitioned over processes (ZeRO-3, FSDP2)."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """
+    Within this context a model has all its weights. Where ZeRO-3 has partitioned them, every process holds them;
+    where FSDP2 has sharded them, the main process does, for which it is an ordinary model then, and the others hold
+    none. All processes have to enter it.
+
+    Args:
+        model (`nn.Module`): A model, partitioned or not.
+    """
+    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
+    with ExitStack() as stack:
+        if partitioned:
+            import deepspeed  # it is installed where weights are partitioned by it
+
+            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
+        elif any(isinstance(module, FSDPModule) for module in model.modules()):
+            stack.enter_context(_gathered(model))
+        yield
+
+
+@contextmanager
+def _gathered(model: nn.Module) -> Iterator[None]:
+    wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in wrapped:
+        module.reshard()  # what was left gathered after a forward has the dtype of computation
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if isinstance(parameter, DTensor)
+    ]
+    whole: dict[int, nn.Parameter] = {}  # by identity: weights that are tied stay so
+    for _, _, parameter in places:
+        if id(parameter) not in whole:
+            data = parameter.detach().full_tensor()
+            data = data if PartialState().is_main_process else torch.empty_like(data, device="meta")
+            whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+    before = [(module, type(module), module._forward_pre_hooks, module._forward_hooks) for module in wrapped]
+    try:
+        for module, name, parameter in places:
+            setattr(module, name, whole[id(parameter)])
+        for module in wrapped:  # FSDP2 lives in hooks, which would gather, and in a class of its own, never copied
+            module.__class__ = type(module).__mro__[2]
+            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        yield
+    finally:
+        for module, wrapper, pre_hooks, hooks in before:
+            module.__class__, module._forward_pre_hooks, module._forward_hooks = wrapper, pre_hooks, hooks
+        for module, name, parameter in places:
+            setattr(module, name, parameter)
+
+
+@torch.no_grad()
+def set_sharded(parameters: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
+    """
+    Sets parameters that FSDP2 has sharded, in all processes.
+
+    Args:
+        parameters (`Mapping[str, torch.Tensor]`): They, by name, or what shares memory with them.
+        values (`Mapping[str, torch.Tensor]`): A whole value for each, the same in all processes.
+    """
+    for name, parameter in parameters.items():
+        value = values[name].to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+        parameter.copy_(value)
