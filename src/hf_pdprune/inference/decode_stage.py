@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
-from ..kv import KVPayload, PayloadError, TokenAwareCache
+from ..kv import KVPayload, PayloadError, StaticDecodeCache, TokenAwareCache
 from .stage import Stage, position_ids
 
 
@@ -19,9 +19,20 @@ class DecodeStage(Stage):
     decode = DecodeStage(AutoModelForCausalLM.from_pretrained("outputs/demo/decode"), plan)
     sequences = decode.generate(KVPayload.from_bytes(wire), max_new_tokens=64)
     ```
+
+    Args:
+        args: As for [`Stage`].
+        static_shapes (`bool`, defaults to `False`): Whether `generate` runs on a [`StaticDecodeCache`], so that its
+            steps can be compiled. On accelerators `generate` does that by itself.
+        kwargs: As for [`Stage`].
     """
 
     name = "decode"
+
+    def __init__(self, *args: Any, static_shapes: bool = False, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.static_shapes = static_shapes
+        self._static_cache: StaticDecodeCache | None = None  # kept for the next prompts of about the same shape
 
     @torch.no_grad()
     def generate(self, payload: KVPayload, **generate_kwargs: Any) -> torch.LongTensor:
@@ -70,7 +81,7 @@ class DecodeStage(Stage):
                     generated = self.model.generate(
                         input_ids=sequences[goes_on],
                         attention_mask=mask[goes_on],
-                        past_key_values=cache,
+                        past_key_values=self._shaped(cache, more_tokens),
                         **generate_kwargs,
                     )
         elif streamer is not None:
@@ -92,12 +103,23 @@ class DecodeStage(Stage):
             with TokenAwareCache.from_payload(payload, self.plan, self.model, self.running_blocks) as cache:
                 if copies > 1:
                     cache.batch_repeat_interleave(copies)
+                more_tokens = self._max_new_tokens(payload.prompt_tokens + 1, generate_kwargs)
                 return self.model.generate(
                     input_ids=torch.cat([payload.prompt_ids, payload.last_token], dim=1),
                     attention_mask=torch.cat([payload.prompt_mask, torch.ones_like(payload.last_token)], dim=1),
-                    past_key_values=cache,
+                    past_key_values=self._shaped(cache, more_tokens),
                     **generate_kwargs | {"return_dict_in_generate": False},
                 )
+
+    def _shaped(self, cache: TokenAwareCache, more_tokens: int) -> Cache:
+        """What `generate` runs on, with room for what it reads: the last token that is there, and all but the last."""
+        if not self.static_shapes:
+            return cache
+        if self._static_cache is not None and self._static_cache.has_room_for(cache, more_tokens):
+            self._static_cache.fill(cache)
+        else:
+            self._static_cache = StaticDecodeCache(cache, self.model, more_tokens)
+        return self._static_cache
 
     def _max_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int:
         """How many tokens `model.generate` would add to the prompt."""
