@@ -281,7 +281,7 @@ def search(
 
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
     folder = Path(training_args.output_dir)
-    run = RunFolder(folder, FILES_OF_STEP, args.overwrite)
+    run = RunFolder(folder, FILES_OF_STEP, args.overwrite, (PruneArguments, SearchConfig, PDPruneConfig))
     benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens])
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)

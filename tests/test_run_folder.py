@@ -1,3 +1,5 @@
+from dataclasses import dataclass, field
+
 import pytest
 
 from hf_pdprune.run_folder import RunFolder
@@ -16,6 +18,23 @@ def test_a_step_is_done_with_its_settings_alone(tmp_path):
     with pytest.raises(ValueError, match="holds a run with blocks=1, not 3: choose another --output_dir"):
         again.is_done("plan", {"blocks": 3})
     assert again.is_done("plan", {"blocks": 1})
+
+
+@dataclass
+class Options:
+    blocks: int
+    rule: bool = False
+    factors: list[int] = field(default_factory=lambda: [1, 2])
+
+
+def test_an_option_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
+    RunFolder(tmp_path, FILES).done("plan", {"blocks": 1})
+    run = RunFolder(tmp_path, FILES, options=(Options,))
+    assert run.is_done("plan", {"blocks": 1, "rule": False, "factors": [1, 2]})
+    with pytest.raises(ValueError, match="holds a run with rule=False, not True"):
+        run.is_done("plan", {"blocks": 1, "rule": True})
+    with pytest.raises(ValueError, match="holds a run with blocks=1, not 2"):
+        run.is_done("plan", {"blocks": 2})
 
 
 def test_overwrite_forgets_what_follows(tmp_path):

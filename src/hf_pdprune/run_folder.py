@@ -1,5 +1,7 @@
 """RunFolder: what the steps of one run have left, and with which settings."""
 
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,12 +21,21 @@ class RunFolder:
         files_of_step (`Mapping[str, Sequence[str]]`): What each step leaves there, files or folders, in the order of
             the steps.
         overwrite (`bool`, defaults to `False`): Whether what other settings have made is made anew instead.
+        options (`Sequence[type]`): Dataclasses whose fields are settings. A setting that was not recorded, since the
+            version that made the step did not have it, counts as the default.
     """
 
-    def __init__(self, folder: str | os.PathLike, files_of_step: Mapping[str, Sequence[str]], overwrite: bool = False):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        files_of_step: Mapping[str, Sequence[str]],
+        overwrite: bool = False,
+        options: Sequence[type] = (),
+    ):
         self.folder = Path(folder)
         self.files_of_step = files_of_step
         self.overwrite = overwrite
+        self.defaults = {key: value for kind in options for key, value in _defaults(kind).items()}
         self.path = self.folder / "run.json"
         self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
 
@@ -32,7 +43,7 @@ class RunFolder:
         """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
         if step not in self.steps:
             return False
-        recorded = self.steps[step]
+        recorded = self.defaults | self.steps[step]
         changed = [key for key in settings if recorded.get(key) != settings[key]]
         if not changed:
             return True
@@ -62,3 +73,12 @@ class RunFolder:
         """Records that `step` is done with these settings."""
         self.steps[step] = settings
         write_artefact(self.path, self.steps)
+
+
+def _defaults(options: type) -> dict[str, Any]:
+    """The defaults of a dataclass, as they are written into a file."""
+    fields = dataclasses.fields(options)
+    made = {f.name: f.default_factory() for f in fields if f.default_factory is not dataclasses.MISSING}
+    return json.loads(
+        json.dumps({f.name: f.default for f in fields if f.default is not dataclasses.MISSING} | made, default=str)
+    )

@@ -1,11 +1,14 @@
 import gc
+from functools import partial
 
 import pytest
+from transformers import CompileConfig, DynamicCache, StaticCache
 
-from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark
+from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, benchmark
 from hf_pdprune.evaluation.benchmark import compared, in_turns, steady_process
 from hf_pdprune.hub import build_stage
 from hf_pdprune.inference import DecodeStage, PrefillStage
+from hf_pdprune.kv import StaticDecodeCache, TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -96,6 +99,28 @@ def test_prompt_longer_than_the_context_is_refused(tiny_llama, plan):
         SpeedBenchmark(
             tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small(prompt_tokens=[510])
         )
+
+
+def test_decode_steps_can_be_compiled(tiny_llama, plan, monkeypatch):
+    # inductor, the default backend, needs a C++ compiler
+    monkeypatch.setattr(benchmark, "CompileConfig", partial(CompileConfig, backend="eager"))
+    pair = [PrefillStage(build_stage(tiny_llama, plan, "prefill"), plan)]
+    pair.append(DecodeStage(build_stage(tiny_llama, plan, "decode"), plan))
+    seen = []
+    step = SpeedBenchmark._step
+
+    def watched(self, model, cache, *args):
+        tokens = step(self, model, cache, *args)
+        seen.append((type(cache), tokens.tolist()))
+        return tokens
+
+    monkeypatch.setattr(SpeedBenchmark, "_step", watched)
+    for compiled in (False, True):
+        SpeedBenchmark(tiny_llama, *pair, small(compile_decode=compiled)).run()
+    plain, compiled = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert {kind for kind, _ in plain} == {DynamicCache, TokenAwareCache}
+    assert {kind for kind, _ in compiled} == {StaticCache, StaticDecodeCache}
+    assert [tokens for _, tokens in compiled] == [tokens for _, tokens in plain]
 
 
 @pytest.mark.parametrize(

@@ -32,3 +32,13 @@ def test_what_cannot_be_met_says_how_near_the_best_comes(model):
         num_blocks_to_remove(model, SearchConfig(target_ttft_speedup=5))
     with pytest.raises(ValueError, match="blocks missing in prefill are missing in decode too"):
         num_blocks_to_remove(model, SearchConfig(4, target_tpot_speedup=1.01))
+
+
+def test_projected_blocks_still_make_their_keys_and_values(model):
+    block = model.model.layers[0]
+    attention = block.self_attn
+    runs = [block.input_layernorm, attention.k_proj, attention.v_proj]
+    left = sum(p.numel() for module in runs for p in module.parameters()) / sum(p.numel() for p in block.parameters())
+    for speedup, blocks in ((1.0, 0), (8 / (6 + 2 * left) - 1e-6, 2), (8 / (6 + 2 * left) + 1e-6, 3)):
+        config = SearchConfig(target_ttft_speedup=speedup, num_decode_blocks=1, relaxed_subset_rule=True)
+        assert num_blocks_to_remove(model, config) == (blocks, 1)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import Cache, DynamicCache
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 
 from ..adapters import adapter_layers
 from ..inference import DecodeStage, PrefillStage
-from ..kv import KVPayload, TokenAwareCache
+from ..kv import KVPayload, StaticDecodeCache, TokenAwareCache
 from .benchmark_config import BenchmarkConfig
 from .environment import describe_environment
 from .parameter_share import parameter_shares
@@ -155,9 +155,13 @@ class SpeedBenchmark:
         ):
             held = {"dense": cache_bytes(cache), "pruned": cache_bytes(pruned_cache)}
             models = {"dense": (self.dense_model, cache), "pruned": (self.decode.module, pruned_cache)}
+            if self.config.compile_decode:
+                models = self._compiled(cache, pruned_cache)
             for turn in range(-4 * self.config.warmup, self.config.decode_tokens):
                 length = prompt_tokens + 4 * self.config.warmup + turn + 1
-                mask = torch.ones((batch_size, length), dtype=torch.long, device=self.device)
+                mask = None  # nothing is padded
+                if not self.config.compile_decode:
+                    mask = torch.ones((batch_size, length), dtype=torch.long, device=self.device)
                 for name in in_turns(turn):
                     with memory["decode"][name]:
                         seconds, tokens[name] = self._timed(self._step, *models[name], tokens[name], mask)
@@ -174,6 +178,18 @@ class SpeedBenchmark:
             "memory": peaks,
             "kv": {**kv, "bytes_held": held},
             "roofline": roofline(self.dense_model, self.prefill, self.decode, prompt_tokens, batch_size, held),
+        }
+
+    def _compiled(self, cache: Cache, pruned_cache: TokenAwareCache) -> dict[str, tuple[Callable, Cache]]:
+        """Compiled models, as `generate` compiles them, with what the caches hold in tensors of one shape."""
+        static = StaticCache(config=self.dense_model.config, max_cache_len=cache.get_seq_length() + self._decode_steps)
+        for index, layer in enumerate(cache.layers):
+            static.update(layer.keys, layer.values, index)
+        pruned = StaticDecodeCache(pruned_cache, self.decode.model, self._decode_steps)
+        config = CompileConfig(fullgraph=True)
+        return {
+            "dense": (self.dense_model.get_compiled_call(config), static),
+            "pruned": (self.decode.model.get_compiled_call(config), pruned),
         }
 
     def _timed(self, function: Callable, *args: Any) -> tuple:
@@ -197,7 +213,7 @@ class SpeedBenchmark:
         return self.prefill(prompt_ids, torch.ones_like(prompt_ids), do_sample=False)
 
     def _step(
-        self, model: nn.Module, cache: Cache, tokens: torch.LongTensor, mask: torch.LongTensor
+        self, model: Callable, cache: Cache, tokens: torch.LongTensor, mask: torch.LongTensor | None
     ) -> torch.LongTensor:
         output = model(input_ids=tokens, attention_mask=mask, past_key_values=cache, use_cache=True)
         return output.logits[:, -1:].argmax(dim=-1)

@@ -22,6 +22,9 @@ class BenchmarkConfig:
             Prefills that are timed.
         warmup (`int`, *optional*, defaults to `1`):
             Prefills, and four times as many decode steps, that run before and are not counted.
+        compile_decode (`bool`, *optional*, defaults to `False`):
+            Whether decode steps are compiled (`torch.compile`), those of the dense model on a `StaticCache`, the
+            pair's on a [`StaticDecodeCache`]. It takes minutes that are not counted.
         seed (`int`, *optional*, defaults to `0`):
             Of the random prompts.
     """
@@ -38,6 +41,9 @@ class BenchmarkConfig:
     repeats: int = field(default=12, metadata={"help": "Prefills that are timed."})
     warmup: int = field(
         default=1, metadata={"help": "Prefills, and four times as many decode steps, that run before, uncounted."}
+    )
+    compile_decode: bool = field(
+        default=False, metadata={"help": "Compile decode steps, on caches whose shapes stay the same."}
     )
     seed: int = field(default=0, metadata={"help": "Of the random prompts."})
 

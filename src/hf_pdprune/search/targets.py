@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..blocks import get_blocks
+from ..projected_blocks import idle_layers
 from .search_config import SearchConfig
 
 
@@ -10,7 +11,8 @@ def num_blocks_to_remove(model: nn.Module, config: SearchConfig) -> tuple[int, i
     """
     How many blocks prefill and decode lose: as many as `config` says, or the fewest with which its targets are met.
     Prefill's time goes by the parameters of its blocks, that of a decode step by those of blocks and LM head, which
-    are read for every token.
+    are read for every token. Under the relaxed subset rule any block that prefill loses may be a projected one, of
+    which a part still runs: the target is met even if all are.
 
     Args:
         model (`nn.Module`): The dense model.
@@ -28,9 +30,10 @@ def num_blocks_to_remove(model: nn.Module, config: SearchConfig) -> tuple[int, i
     most = max(len(sizes) - config.num_protected_first_blocks - config.num_protected_last_blocks, 0)
     prefill, decode = config.num_prefill_blocks, config.num_decode_blocks
     if config.target_ttft_speedup is not None:
-        prefill = _fewest("target_ttft_speedup", config.target_ttft_speedup, sizes, 0, most)
+        lost = _idle_sizes(model) if config.relaxed_subset_rule else sizes
+        prefill = _fewest("target_ttft_speedup", config.target_ttft_speedup, sum(sizes), lost, most)
     if config.target_tpot_speedup is not None:
-        decode = _fewest("target_tpot_speedup", config.target_tpot_speedup, sizes, head, most)
+        decode = _fewest("target_tpot_speedup", config.target_tpot_speedup, sum(sizes) + head, sizes, most)
     if config.max_kl is not None and not prefill and not decode:
         return most, most
     if config.relaxed_subset_rule:
@@ -45,10 +48,10 @@ def num_blocks_to_remove(model: nn.Module, config: SearchConfig) -> tuple[int, i
     return prefill, decode
 
 
-def _fewest(name: str, speedup: float, sizes: list[int], head: int, most: int) -> int:
-    """The fewest blocks of average size without which a stage is `speedup` times faster."""
-    total, block = sum(sizes) + head, sum(sizes) / len(sizes)
-    most = min(most, len(sizes) - 1)
+def _fewest(name: str, speedup: float, total: int, lost: list[int], most: int) -> int:
+    """The fewest blocks without which a stage is `speedup` times faster, where a block is worth the mean of `lost`."""
+    block = sum(lost) / len(lost)
+    most = min(most, len(lost) - 1)
     for count in range(most + 1):
         if total / (total - count * block) >= speedup:
             return count
@@ -56,3 +59,12 @@ def _fewest(name: str, speedup: float, sizes: list[int], head: int, most: int) -
         f"{name} {speedup} cannot be met: without all {most} blocks that are not protected it is "
         f"{total / (total - most * block):.2f}"
     )
+
+
+def _idle_sizes(model: nn.Module) -> list[int]:
+    """By block, the parameters that are left out where it is projected."""
+    sizes = []
+    for number, block in enumerate(get_blocks(model)):
+        idle = [block.get_submodule(name) for name in idle_layers(model, number)]
+        sizes.append(sum(parameter.numel() for layer in idle for parameter in layer.parameters()))
+    return sizes
