@@ -228,8 +228,8 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda h: h["__metadata__"].update(format_version="2"), "format '2'"),
-            (lambda h: h["__metadata__"].update(format_version=1), "format 1"),
+            (lambda h: h["__metadata__"].update(format_version="1"), "format '1'"),
+            (lambda h: h["__metadata__"].update(format_version=2), "format 2"),
             (lambda h: h["__metadata__"].pop("format_version"), "no payload metadata"),
             (lambda h: h.update(__metadata__=[]), "no payload metadata"),
             (lambda h: h["__metadata__"].pop("plan_digest"), "plan_digest"),
@@ -312,14 +312,14 @@ class TestDamage:
             KVPayload.from_bytes(tampered(make_payload().to_bytes(), remove))
 
     def test_no_tensors_at_all(self):
-        metadata = {"format_version": "1", "plan_digest": "", "model_fingerprint": "", "nbytes_dense": "0"}
+        metadata = {"format_version": "2", "plan_digest": "", "model_fingerprint": "", "nbytes_dense": "0"}
         header = {"__metadata__": metadata | {"data_crc32": "00000000", "header_sha256": ""}}
         encoded = json.dumps(header).encode()
         with pytest.raises(PayloadError):
             KVPayload.from_bytes(tampered(len(encoded).to_bytes(8, "little") + encoded, lambda header: None))
 
     def test_surrogates_in_the_digest(self):
-        encoded = b'{"__metadata__":{"format_version":"1","header_sha256":"\\ud800"}}'
+        encoded = b'{"__metadata__":{"format_version":"2","header_sha256":"\\ud800"}}'
         with pytest.raises(PayloadError):
             KVPayload.from_bytes(len(encoded).to_bytes(8, "little") + encoded)
 

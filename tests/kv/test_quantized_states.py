@@ -16,16 +16,33 @@ def random_states(shape, dtype=torch.float32, seed=0, spread=1.0):
     return (states * torch.exp(spread * torch.randn(shape[-1], generator=generator))).to(dtype)
 
 
+def hadamard(size):
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix / size**0.5
+
+
+def signs(head_dim):
+    return torch.tensor([(-1.0) ** bin(i & (i >> 1)).count("1") for i in range(head_dim)], dtype=torch.float64)
+
+
+def rotated(states):
+    size = states.shape[-1] & -states.shape[-1]
+    states = states.double() * signs(states.shape[-1])
+    return (states.unflatten(-1, (-1, size)) @ hadamard(size)).flatten(-2)
+
+
 def bound(states, kind):
     """The largest error that rounding to the nearest code allows, per number."""
-    numbers = states.float()
     if kind == "int4":
-        size = 32 if states.shape[-1] % 32 == 0 else states.shape[-1]
-        groups = numbers.unflatten(-1, (-1, size))
+        size = 64 if states.shape[-1] % 64 == 0 else states.shape[-1]
+        groups = rotated(states).unflatten(-1, (-1, size))
         span = groups.amax(dim=-1, keepdim=True) - groups.amin(dim=-1, keepdim=True)
         offset = groups.amin(dim=-1, keepdim=True).abs()
         # bfloat16 keeps 8 bits: scale and offset are rounded outwards by up to 1 part in 128.
         return ((span + offset / 128) / 30 * 1.02).expand_as(groups).flatten(-2)
+    numbers = states.float()
     largest = numbers.abs().amax(dim=-1, keepdim=True)
     return largest / 254 * 1.02 if kind == "int8" else torch.maximum(numbers.abs() / 16 * 1.02, largest / 2**16)
 
@@ -47,8 +64,11 @@ def test_error_is_that_of_rounding(kind, dtype, rows, heads, tokens, half, seed)
     assert quantized.shape == states.shape
     back = quantized.dequantize()
     assert back.dtype == dtype
-    rounding = states.float().abs() * torch.finfo(dtype).eps
-    assert ((back.float() - states.float()).abs() <= bound(states, kind) + rounding).all()
+    # int4 rounds rotated numbers; what comes back, and goes into the rotation again, is rounded to dtype.
+    view = rotated if kind == "int4" else torch.Tensor.float
+    rounding = states.float().abs().amax(dim=-1, keepdim=True) * torch.finfo(dtype).eps
+    rounding = rounding * (2 * half) ** 0.5 if kind == "int4" else states.float().abs() * torch.finfo(dtype).eps
+    assert ((view(back) - view(states)).abs() <= bound(states, kind) + rounding).all()
 
 
 @pytest.mark.parametrize("kind", QUANTIZATIONS)
@@ -57,19 +77,28 @@ def test_constant_states(kind, value):
     states = torch.full((1, 1, 2, 64), value)
     back = QuantizedStates.quantize(states, kind).dequantize()
     assert torch.isfinite(back).all()
-    assert torch.allclose(back, states, rtol=0.01, atol=1e-30)
+    assert torch.allclose(back, states, rtol=0.04 if kind == "int4" else 0.01, atol=1e-30)
+
+
+def test_a_large_channel_does_not_drown_the_others():
+    states = random_states((1, 1, 8, 64), spread=0.0)
+    states[..., 5] *= 100
+    back = QuantizedStates.quantize(states, "int4").dequantize()
+    error = (back - states).abs().mean() / states.abs().mean()
+    assert error < 0.5
+    spread = (states.amax(-1) - states.amin(-1)).mean() / 15 / 4  # mean error of rounding without a rotation
+    assert (back - states).abs().mean() < 0.6 * spread
 
 
 def test_ends_of_the_range_are_reached():
     states = torch.linspace(-2, 2, 64).view(1, 1, 1, 64)
-    for kind, error in (("int8", 0.02), ("int4", 0.1)):
-        back = QuantizedStates.quantize(states, kind).dequantize()
-        assert (back - states).abs().max() < error
+    back = QuantizedStates.quantize(states, "int8").dequantize()
+    assert (back - states).abs().max() < 0.02
     codes = QuantizedStates.quantize(states, "int4").codes
     assert {0, 15} <= set((codes & 15).flatten().tolist()) | set((codes >> 4).flatten().tolist())
 
 
-@pytest.mark.parametrize(("kind", "ratio"), [("fp8", 3.87), ("int8", 3.87), ("int4", 6.39)])
+@pytest.mark.parametrize(("kind", "ratio"), [("fp8", 3.87), ("int8", 3.87), ("int4", 7.11)])
 def test_bytes(kind, ratio):
     states = random_states((2, 3, 5, 64))
     quantized = QuantizedStates.quantize(states, kind)
@@ -87,7 +116,8 @@ def test_tokens_do_not_change_each_other():
 
 
 def test_order_of_packed_numbers():
-    states = torch.arange(16.0).view(1, 1, 1, 16)
+    # Signs and Hadamard matrix undo each other: these are 0 to 15 once they are rotated.
+    states = (torch.arange(16.0).double() @ hadamard(16) * signs(16)).float().view(1, 1, 1, 16)
     assert QuantizedStates.quantize(states, "int4").codes.flatten().tolist() == [0x10 + 0x22 * i for i in range(8)]
 
 

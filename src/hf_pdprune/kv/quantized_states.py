@@ -7,15 +7,16 @@ import torch
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 _FP8_MAX = 448.0  # of torch.float8_e4m3fn
-# Numbers that share a scale in 4 bits, as in KIVI (arXiv 2402.02750); 8 bits share one per token and head.
-_INT4_GROUP = 32
+# Numbers that share a scale in 4 bits; 8 bits share one per token and head.
+_INT4_GROUP = 64
 
 
 @dataclass
 class QuantizedStates:
     """
-    Keys or values of a block, quantised per token and head. int8 and fp8 are symmetric, `x = scale * code`, int4 has
-    an offset, `x = offset + scale * code`, and a scale for every 32 numbers of a head.
+    Keys or values of a block, quantised per token and head. int8 and fp8 are symmetric, `x = scale * code`. int4 has
+    an offset, `x = offset + scale * code`, and a scale for every 64 numbers of a head, which are rotated before (by
+    signs and a Hadamard matrix, as in QuaRot, arXiv 2404.00456): what a few large channels hold is spread over all.
 
     Args:
         codes (`torch.Tensor`): Shape `(batch_size, num_heads, tokens, head_dim)`, int8 or float8_e4m3fn; for int4
@@ -60,7 +61,7 @@ class QuantizedStates:
         head_dim = states.shape[-1]
         if head_dim % 2:
             raise ValueError(f"int4 packs two numbers in a byte: head_dim must be even, got {head_dim}")
-        numbers = states.float().unflatten(-1, (-1, int4_group(head_dim)))
+        numbers = _rotated(states.float()).unflatten(-1, (-1, int4_group(head_dim)))
         low = numbers.amin(dim=-1, keepdim=True)
         offsets = _bfloat16_at_most(low)
         scales = _bfloat16_at_least((numbers.amax(dim=-1, keepdim=True) - offsets.float()) / 15)
@@ -74,7 +75,8 @@ class QuantizedStates:
             return (self.codes.float() * self.scales.float()).to(self.dtype)
         codes = torch.stack([self.codes & 15, self.codes >> 4], dim=-1).flatten(-2)
         groups = codes.float().unflatten(-1, (self.scales.shape[-1], -1))
-        return (groups * self.scales.float()[..., None] + self.offsets.float()[..., None]).flatten(-2).to(self.dtype)
+        rotated = groups * self.scales.float()[..., None] + self.offsets.float()[..., None]
+        return _rotated_back(rotated.flatten(-2)).to(self.dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -110,8 +112,37 @@ class QuantizedStates:
 
 
 def int4_group(head_dim: int) -> int:
-    """How many numbers of a head share a scale in int4: 32 where that fits, else all."""
+    """How many numbers of a head share a scale in int4: 64 where that fits, else all."""
     return _INT4_GROUP if head_dim % _INT4_GROUP == 0 else head_dim
+
+
+def _rotated(numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers of each head, some of them negated, times a Hadamard matrix."""
+    return _hadamard(numbers * _signs(numbers))
+
+
+def _rotated_back(numbers: torch.Tensor) -> torch.Tensor:
+    return _hadamard(numbers) * _signs(numbers)
+
+
+def _signs(numbers: torch.Tensor) -> torch.Tensor:
+    """Rudin and Shapiro's sequence. Without it, what all numbers have in common would end up in one of them."""
+    signs = [1 - 2 * ((index & index >> 1).bit_count() % 2) for index in range(numbers.shape[-1])]
+    return torch.tensor(signs, dtype=numbers.dtype, device=numbers.device)
+
+
+def _hadamard(numbers: torch.Tensor) -> torch.Tensor:
+    """
+    The numbers of each head times an orthonormal Hadamard matrix (block by block where `head_dim` is no power of two),
+    by the fast Walsh-Hadamard transform. It is its own inverse.
+    """
+    head_dim = numbers.shape[-1]
+    size, half = head_dim & -head_dim, 1  # the largest power of two that divides it
+    while half < size:
+        first, second = numbers.unflatten(-1, (-1, 2, half)).unbind(-2)
+        numbers = torch.stack([first + second, first - second], dim=-2).flatten(-3)
+        half *= 2
+    return numbers / size**0.5
 
 
 def _bfloat16_at_least(numbers: torch.Tensor) -> torch.Tensor:

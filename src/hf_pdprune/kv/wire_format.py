@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # A header describes some tensors per block: what is longer is no payload. It bounds what parsing it can cost.
 _MOST_HEADER_BYTES = 1 << 20
 _MOST_DIMENSIONS = 4
