@@ -1,0 +1,141 @@
+# ruff: noqa: T201
+"""
+What the options of a training bring: the same plan healed in several ways, on the same text and the same number of
+tokens, each from the dense model. A row of rows.jsonl for each as soon as it is known, which is not made again.
+
+    python dev/training_table.py --model <folder> --plan outputs/demo --output_dir outputs/training_table \\
+        --train <sources, separated by commas> --validation <source> ...
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
+from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.evaluation import compare_quality, handing_over_all_tokens
+from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+
+
+# Tokens of the closed form, and of gradient steps of 512 tokens each: 56k in all, whatever the variant.
+FITTED, STEP_TOKENS, STEPS = 40960, 512, 30
+COMMON = {
+    "max_steps": STEPS,
+    "local_distillation_tokens": FITTED,
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "max_length": STEP_TOKENS,
+    "per_device_train_batch_size": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 8,
+    "logging_steps": 10,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "seed": 0,
+}
+ALL_STEPS = {"local_distillation_tokens": 0, "max_steps": STEPS + FITTED // STEP_TOKENS}
+VARIANTS = {
+    "default (closed form, then steps; abrupt, one round)": {},
+    "closed form alone": {"max_steps": 1, "learning_rate": 1e-9},
+    "steps alone": ALL_STEPS,
+    "steps alone, 2 rounds": ALL_STEPS | {"removal_rounds": 2},
+    "steps alone, 2 rounds, searched again": ALL_STEPS | {"removal_rounds": 2, "search_in_rounds": True},
+    "steps alone, 4 rounds": ALL_STEPS | {"removal_rounds": 4},
+    "steps alone, 4 rounds, searched again": ALL_STEPS | {"removal_rounds": 4, "search_in_rounds": True},
+    "steps alone, faded over 30": ALL_STEPS | {"removal_fade_steps": 30},
+    "2 rounds": {"removal_rounds": 2},
+    "reverse KL": {"distillation_loss": "reverse_kl"},
+    "Jensen-Shannon": {"distillation_loss": "jensen_shannon"},
+    "skewed KL": {"distillation_loss": "skewed_forward_kl"},
+    "temperature 2": {"distillation_temperature": 2.0},
+    "top 64 of the teacher": {"distillation_top_k": 64},
+    "with cross-entropy, 0.5": {"cross_entropy_weight": 0.5, "distillation_weight": 0.5},
+    "hidden states matched, 0.1": {"hidden_matching_weight": 0.1},
+    "hidden states matched, 1": {"hidden_matching_weight": 1.0},
+    "distilled without the token-aware cache": {"token_aware_distillation": False},
+    "fitted layers learn too": {"train_fitted_layers": True},
+    "unhealed, prefill's blocks out of both": {"same_blocks": True, "max_steps": 0},
+    "prefill's blocks out of both, two adapters": {"same_blocks": True},
+    "prefill's blocks out of both, one adapter": {"same_blocks": True, "stage": "unified"},
+}
+
+
+def held_out(tokenizer, sources, examples):
+    """Batches of each source, the same number of examples."""
+    collator, batches = PromptCompletionCollator(tokenizer.pad_token_id), []
+    for source in sources:
+        rows = tokenize_examples(load_text(source, "validation"), tokenizer, 320, 64, examples)
+        batches += [collator(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)]
+    return batches
+
+
+def measure(model, prefill, decode, batches):
+    """KL and the like, with what the plan hands over and with all tokens."""
+    pairs = {"": (prefill, decode), "all_tokens_": tuple(map(handing_over_all_tokens, (prefill, decode)))}
+    quality = compare_quality(model, pairs, batches)
+    names = ("kl", "perplexity", "top1_agreement")
+    return {f"{prefix}{name}": quality[prefix][name] for prefix in pairs for name in names}
+
+
+def main(args):
+    path = Path(args.output_dir) / "rows.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    plan, tokenizer = PruningPlan.from_pretrained(args.plan), AutoTokenizer.from_pretrained(args.model)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    batches, train_dataset = held_out(tokenizer, args.validation, args.examples), load_text(args.train, "train")
+    for name in ["unhealed", *(args.variants or VARIANTS)]:
+        if any(row["variant"] == name for row in rows):
+            continue
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        begun, tokens = time.perf_counter(), 0
+        options = COMMON | VARIANTS.get(name, {"max_steps": 0})
+        own = replace(plan, decode=plan.prefill) if options.pop("same_blocks", False) else plan
+        if options["max_steps"] == 0:
+            result = measure(model, PrefillStage(model, own), DecodeStage(model, own), batches)
+        else:
+            tokens = options["local_distillation_tokens"] + options["max_steps"] * STEP_TOKENS
+            trainer = PDPruneTrainer(
+                model,
+                own,
+                args=PDPruneConfig(str(path.parent / "run"), **options),
+                train_dataset=train_dataset,
+                processing_class=tokenizer,
+            )
+            trainer.train()
+            trainer.model.eval()
+            result = measure(trainer.model, *trainer.stages(), batches)
+        row = {"variant": name, "tokens": tokens, "seconds": round(time.perf_counter() - begun), **result}
+        rows.append(row)
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+    print("| variant | tokens | KL | of unhealed | KL, all tokens | perplexity | top-1 |")
+    print("|---|---|---|---|---|---|---|")
+    unhealed = rows[0]["kl"]
+    for row in rows:
+        unhealed = row["kl"] if row["variant"].startswith("unhealed") else unhealed
+        print(
+            f"| {row['variant']} | {row['tokens']:,} | {row['kl']:.4f} | {row['kl'] / unhealed:.0%} | "
+            f"{row['all_tokens_kl']:.4f} | {row['perplexity']:.2f} | {row['top1_agreement']:.1%} |"
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the dense model")
+    parser.add_argument("--plan", required=True, help="folder of the plan")
+    parser.add_argument("--output_dir", required=True, help="folder for rows.jsonl")
+    parser.add_argument("--train", default="pydoc-topics,pydoc-docstrings", help="text that is learnt from")
+    parser.add_argument("--validation", nargs="+", default=["pydoc-topics"], help="held-out texts")
+    parser.add_argument("--examples", type=int, default=8, help="examples of each held-out text")
+    parser.add_argument("--variants", nargs="*", help="only these")
+    main(parser.parse_args())
