@@ -285,16 +285,8 @@ class PDPruneTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
-            raise self._diverged(f"the loss is {loss.item()}")
+            raise DivergenceError(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
         return loss
-
-    def _diverged(self, what: str) -> DivergenceError:
-        checkpoint = last_complete_checkpoint(self.args.output_dir)
-        good = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before"
-        return DivergenceError(
-            f"training diverged at step {self.state.global_step + 1}: {what}; {good}. Try a lower learning_rate or "
-            "max_grad_norm"
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"
@@ -326,7 +318,8 @@ class PDPruneTrainer(SFTTrainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         learning = (p for p in self.model.parameters() if p.requires_grad)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in learning):
-            raise self._diverged("weights are no numbers any more")
+            what = "weights are no numbers any more"
+            raise DivergenceError(what, self.state.global_step + 1, self.args.output_dir)
         if self.args.should_save:
             begin_checkpoint(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)

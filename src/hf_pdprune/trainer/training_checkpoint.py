@@ -18,7 +18,21 @@ ADAPTER_FILE_NAME = "adapter_model.safetensors"
 
 
 class DivergenceError(RuntimeError):
-    """The loss or the weights are no numbers any more."""
+    """
+    The loss or the weights are no numbers any more.
+
+    Args:
+        what (`str`): What is wrong.
+        step (`int`): The step, counted from 1.
+        output_dir (`str`): Where checkpoints are; the last good one is named.
+    """
+
+    def __init__(self, what: str, step: int, output_dir: str | os.PathLike):
+        checkpoint = last_complete_checkpoint(output_dir)
+        good = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was saved before"
+        super().__init__(
+            f"training diverged at step {step}: {what}; {good}. Try a lower learning_rate or max_grad_norm"
+        )
 
 
 def last_complete_checkpoint(folder: str | os.PathLike) -> str | None:

@@ -11,6 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+_STATE = "__composable_api_state_key"  # begins the names under which FSDP2 keeps its state in a module
+
+
 @contextmanager
 def whole_weights(model: nn.Module) -> Iterator[None]:
     """
@@ -49,17 +53,24 @@ def _gathered(model: nn.Module) -> Iterator[None]:
             data = parameter.detach().full_tensor()
             data = data if PartialState().is_main_process else torch.empty_like(data, device="meta")
             whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
-    before = [(module, type(module), module._forward_pre_hooks, module._forward_hooks) for module in wrapped]
+    before = [
+        (module, type(module), {k: v for k, v in vars(module).items() if k in _HOOKS or k.startswith(_STATE)})
+        for module in wrapped
+    ]
     try:
         for module, name, parameter in places:
             setattr(module, name, whole[id(parameter)])
-        for module in wrapped:  # FSDP2 lives in hooks, which would gather, and in a class of its own, never copied
-            module.__class__ = type(module).__mro__[2]
-            module._forward_pre_hooks, module._forward_hooks = OrderedDict(), OrderedDict()
+        for module, wrapper, attributes in before:
+            # FSDP2 lives in hooks, which would gather, in a state, and in a class whose modules cannot be copied.
+            module.__class__ = wrapper.__mro__[2]
+            for name in attributes:
+                del vars(module)[name]
+            vars(module).update((name, OrderedDict()) for name in _HOOKS)
         yield
     finally:
-        for module, wrapper, pre_hooks, hooks in before:
-            module.__class__, module._forward_pre_hooks, module._forward_hooks = wrapper, pre_hooks, hooks
+        for module, wrapper, attributes in before:
+            module.__class__ = wrapper
+            vars(module).update(attributes)
         for module, name, parameter in places:
             setattr(module, name, parameter)
 
