@@ -139,6 +139,7 @@ class Study:
                             self._search(text, statistics, strategy, seed, count)
                         elif number == 0:
                             self._search(text, statistics, strategy, None, count)
+        write_artefact(self.folder / "table.md", table(self.rows))
         print((self.folder / "table.md").read_text())
 
     def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
@@ -226,13 +227,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             for row in first
             if "plain_greedy_block_tokens" in row
         ]
+        # One draw has no spread.
+        spread = f"{(max(kls) - min(kls)) / stats.mean(kls):.1%}" if len(kls) > 1 else ""
         best = first[0]
         merged = (f"{absorbed} into {kept}" for kept, absorbed in best["merged_blocks"])
         missing = ", ".join([*map(str, best["removed_blocks"]), *merged])
         lines.append(
             f"| {key[0]} | {key[1]} | {key[2]} | {stats.mean(row['kl_calibration'] for row in first):.4f} | "
             + " | ".join(f"{mean:.4f}" for mean in means)
-            + f" | {(max(kls) - min(kls)) / stats.mean(kls):.1%} | {overlap(first)} | {cost:.1f} | "
+            + f" | {spread} | {overlap(first)} | {cost:.1f} | "
             + (f"{stats.mean(plain):.0%}" if plain else "")
             + f" | {missing} |"
         )
