@@ -1,7 +1,8 @@
 # ruff: noqa: T201
 """
-What the options of a training bring: the same plan healed in several ways, on the same text and the same number of
-tokens, each from the dense model. A row of rows.jsonl for each as soon as it is known, which is not made again.
+What the options of a training bring: the same plan healed in several ways, on the same text and (but for the closed
+form alone) as many tokens, each from the dense model. A row of rows.jsonl for each as soon as it is known, which is
+not made again.
 
     python dev/training_table.py --model <folder> --plan outputs/demo --output_dir outputs/training_table \\
         --train <sources, separated by commas> --validation <source> ...
@@ -43,6 +44,7 @@ COMMON = {
 }
 ALL_STEPS = {"local_distillation_tokens": 0, "max_steps": STEPS + FITTED // STEP_TOKENS}
 VARIANTS = {
+    "unhealed": {"max_steps": 0},
     "default (closed form, then steps; abrupt, one round)": {},
     "closed form alone": {"max_steps": 1, "learning_rate": 1e-9},
     "steps alone": ALL_STEPS,
@@ -92,12 +94,12 @@ def main(args):
     plan, tokenizer = PruningPlan.from_pretrained(args.plan), AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batches, train_dataset = held_out(tokenizer, args.validation, args.examples), load_text(args.train, "train")
-    for name in ["unhealed", *(args.variants or VARIANTS)]:
+    for name in args.variants or VARIANTS:
         if any(row["variant"] == name for row in rows):
             continue
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
         begun, tokens = time.perf_counter(), 0
-        options = COMMON | VARIANTS.get(name, {"max_steps": 0})
+        options = COMMON | VARIANTS[name]
         own = replace(plan, decode=plan.prefill) if options.pop("same_blocks", False) else plan
         if options["max_steps"] == 0:
             result = measure(model, PrefillStage(model, own), DecodeStage(model, own), batches)
@@ -120,9 +122,10 @@ def main(args):
         print(json.dumps(row), flush=True)
     print("| variant | tokens | KL | of unhealed | KL, all tokens | perplexity | top-1 |")
     print("|---|---|---|---|---|---|---|")
-    unhealed = rows[0]["kl"]
+    kl = {row["variant"]: row["kl"] for row in rows}
     for row in rows:
-        unhealed = row["kl"] if row["variant"].startswith("unhealed") else unhealed
+        same_blocks = VARIANTS[row["variant"]].get("same_blocks", False)
+        unhealed = kl.get("unhealed, prefill's blocks out of both" if same_blocks else "unhealed", float("nan"))
         print(
             f"| {row['variant']} | {row['tokens']:,} | {row['kl']:.4f} | {row['kl'] / unhealed:.0%} | "
             f"{row['all_tokens_kl']:.4f} | {row['perplexity']:.2f} | {row['top1_agreement']:.1%} |"
@@ -137,5 +140,5 @@ if __name__ == "__main__":
     parser.add_argument("--train", default="pydoc-topics,pydoc-docstrings", help="text that is learnt from")
     parser.add_argument("--validation", nargs="+", default=["pydoc-topics"], help="held-out texts")
     parser.add_argument("--examples", type=int, default=8, help="examples of each held-out text")
-    parser.add_argument("--variants", nargs="*", help="only these")
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="only these")
     main(parser.parse_args())

@@ -226,7 +226,8 @@ def check_plan_there(folder: Path, args: PruneArguments, config: SearchConfig) -
     if not (folder / PLAN_FILE_NAME).exists():
         return
     there = PruningPlan.from_pretrained(folder)
-    own = there.provenance.get("config") == asdict(config)
+    recorded = there.provenance.get("config")
+    own = recorded is not None and asdict(SearchConfig()) | recorded == asdict(config)
     if args.plan is not None:
         own = there.digest == PruningPlan.from_pretrained(args.plan).digest
     if not own:
@@ -303,7 +304,8 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     trained = {key: own[key] for key in own if key.startswith("train_")}
     trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
     if not run.is_done("stages", trained):
-        write_artefact(folder / "distillation.json", train(args, training_args, model, tokenizer, plan, trained))
+        distilled = train(args, training_args, model, tokenizer, plan, run.changed(trained))
+        write_artefact(folder / "distillation.json", distilled)
         run.done("stages", trained)
         del model  # it carries adapters now
         model, _ = load_model(args)

@@ -35,6 +35,8 @@ def test_an_option_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
         run.is_done("plan", {"blocks": 1, "rule": True})
     with pytest.raises(ValueError, match="holds a run with blocks=1, not 2"):
         run.is_done("plan", {"blocks": 2})
+    changed = {"blocks": 1, "factors": [2], "other": 0}
+    assert run.changed({"rule": False, **changed}) == changed
 
 
 def test_overwrite_forgets_what_follows(tmp_path):

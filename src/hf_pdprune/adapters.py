@@ -71,7 +71,10 @@ def dense_layer(layer: nn.Module) -> nn.Module:
 
 def dense_weight(layer: nn.Module) -> torch.Tensor:
     """The weight of a linear layer, without what adapters add to it; computed anew where it is quantised."""
-    return dequantize_module_weight(dense_layer(layer))
+    linear = dense_layer(layer)
+    if getattr(getattr(linear.weight, "quant_state", None), "packing_format_for_cpu", False):
+        linear.state_dict()  # bitsandbytes has packed it otherwise for a forward on a CPU, and undoes that here
+    return dequantize_module_weight(linear)
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -125,6 +128,7 @@ class MergedWeights(Mapping[str, torch.Tensor]):
         self._dense: dict[str, torch.Tensor] = {}
         self._prefixes: dict[str, str] = {}  # of the weights that belong to adapted modules
         self._quantized: dict[str, nn.Module] = {}  # by name of the weight
+        self._dtype = base.dtype
         self._last: tuple[str | None, dict[str, torch.Tensor]] = (None, {})
         quantized = {name: module for name, module in base.named_modules() if is_quantized(module)}
         for name, tensor in base.state_dict().items():
@@ -172,7 +176,7 @@ class MergedWeights(Mapping[str, torch.Tensor]):
 
     def _dequantized(self, name: str) -> torch.Tensor:
         """A quantised weight with what the adapter adds to it: peft's own merging would quantise the sum again."""
-        weight = dense_weight(self._quantized[name])
+        weight = dense_weight(self._quantized[name]).to(self._dtype)
         if name not in self._prefixes:
             return weight
         for wrapper in nested_layers(self._layers[self._prefixes[name]]):

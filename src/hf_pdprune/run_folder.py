@@ -56,6 +56,10 @@ class RunFolder:
         self._forget(step)
         return False
 
+    def changed(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that are not the default: what a name is made of that a younger option must not change."""
+        return {k: v for k, v in settings.items() if k not in self.defaults or self.defaults[k] != v}
+
     def _forget(self, step: str) -> None:
         """Removes what `step` and those after it have made."""
         order = list(self.files_of_step)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from masked_reference import random_prompts
 from peft import LoraConfig, get_peft_model
@@ -16,9 +17,11 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 from hf_pdprune.search.gap_fit import GapFit
 from hf_pdprune.search.gap_regression import GapRegression, Gaps
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+from hf_pdprune.trainer.adapted_model import learning_copy
+from hf_pdprune.trainer.whole_weights import check_sharding
 
 
-pytest.importorskip("bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes")
 pytestmark = pytest.mark.invariant
 
 QUANTIZATIONS = {
@@ -76,6 +79,38 @@ def test_what_cannot_be_merged_says_so(quantized):
     model = adapted(quantized(), use_dora=True)
     with pytest.raises(ValueError, match=r"'decode' cannot be merged into the quantised weight .*q_proj"):
         merged_state_dict(model, "decode")
+
+
+def test_8_bits_have_the_dtype_of_the_model(tiny_model, tmp_path):
+    # Their layers quantise what they read, too: no equality, as with 4 bits.
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    merged = merged_state_dict(adapted(model), "decode")
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    plain = tiny_model("llama")
+    for name, tensor in merged_state_dict(model, None).items():
+        original = plain.state_dict()[name]
+        assert (tensor.float() - original).abs().max() < 0.02 * original.abs().max(), name
+
+
+def test_weights_that_are_packed_for_a_forward_on_a_cpu(quantized):
+    # bitsandbytes does that where the CPU has bfloat16 instructions.
+    layer = quantized().model.layers[0].self_attn.q_proj
+    before = dense_weight(layer)
+    weight = layer.weight
+    weight.data, weight.quant_state = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    torch.testing.assert_close(dense_weight(layer).float(), before, atol=0, rtol=0.01)  # scales in bfloat16
+
+
+def test_what_cannot_be_quantised_says_so(quantized):
+    model = quantized()
+    with pytest.raises(ValueError, match="full_finetuning needs weights that can learn"):
+        learning_copy(model)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    with pytest.raises(ValueError, match="not sharded by FSDP"):
+        check_sharding(plugin, model)
 
 
 def test_a_fit_is_that_of_the_dequantised_model(quantized, tiny_model):

@@ -36,7 +36,7 @@ def rotated(states):
 def bound(states, kind):
     """The largest error that rounding to the nearest code allows, per number."""
     if kind == "int4":
-        size = 64 if states.shape[-1] % 64 == 0 else states.shape[-1]
+        size = next(size for size in (64, 32, states.shape[-1]) if states.shape[-1] % size == 0)
         groups = rotated(states).unflatten(-1, (-1, size))
         span = groups.amax(dim=-1, keepdim=True) - groups.amin(dim=-1, keepdim=True)
         offset = groups.amin(dim=-1, keepdim=True).abs()

@@ -6,8 +6,10 @@ import torch
 from masked_reference import random_prompts
 from tiny_configs import ARCHITECTURES
 from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache
 
 from hf_pdprune.blocks import get_blocks
+from hf_pdprune.evaluation import handing_over_all_tokens
 from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.kv import StaticDecodeCache, TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
@@ -99,7 +101,7 @@ def test_a_stage_keeps_it_for_the_next_prompts(tiny_llama):
     plan = plan_of(tiny_llama, missing=())
     plain, stage = DecodeStage(tiny_llama, plan), DecodeStage(tiny_llama, plan, static_shapes=True)
     caches = []
-    for lengths, new_tokens in (([16, 3], 9), ([4, 11], 9), ([20, 20], 5), ([16, 3], 200), ([16, 3, 5], 9)):
+    for lengths, new_tokens in (([16, 3], 9), ([4, 11], 9), ([20, 20], 5), ([16, 3], 200), ([16, 3, 5], 200)):
         payload = hand_over(tiny_llama, plan, lengths)
         settings = {"max_new_tokens": new_tokens, "do_sample": False}
         assert torch.equal(stage.generate(payload, **settings), plain.generate(payload, **settings))
@@ -143,7 +145,54 @@ def test_forwards_with_another_cache_are_left_alone(tiny_llama):
     expected = tiny_llama(input_ids=ids, attention_mask=mask).logits
     cache, _, _ = after_prompt(tiny_llama, plan_of(tiny_llama, missing=()))
     with StaticDecodeCache(cache, tiny_llama, 4):
-        torch.testing.assert_close(tiny_llama(input_ids=ids, attention_mask=mask).logits, expected)
+        for other in (None, DynamicCache(), DynamicCache(config=tiny_llama.config)):
+            output = tiny_llama(input_ids=ids, attention_mask=mask, past_key_values=other)
+            torch.testing.assert_close(output.logits, expected)
+
+
+def test_what_a_cache_is_not_filled_from(tiny_llama, tiny_model):
+    static = StaticDecodeCache(after_prompt(tiny_llama, plan_of(tiny_llama, missing=()))[0], tiny_llama, 8)
+    other_windows = replace(KV, block_windows=())
+    caches = {
+        "other windows": after_prompt(tiny_llama, plan_of(tiny_llama, other_windows, ())),
+        "none at all": after_prompt(tiny_llama, plan_of(tiny_llama, KVPlan(), ())),
+        "other rows": after_prompt(tiny_llama, plan_of(tiny_llama, missing=()), [16, 3]),
+    }
+    for name, (cache, _, _) in caches.items():
+        assert not static.has_room_for(cache, 8), name
+    double = tiny_model("llama").double()
+    assert not static.has_room_for(after_prompt(double, plan_of(double, missing=()))[0], 8)
+    same, _, _ = after_prompt(tiny_llama, plan_of(tiny_llama, missing=()), [9, 9, 4])
+    assert static.has_room_for(same, 8) and not static.has_room_for(same, 200)
+    # Short prompts do not go over what a long one has left.
+    long = StaticDecodeCache(after_prompt(tiny_llama, plan_of(tiny_llama, missing=()))[0], tiny_llama, 400)
+    assert not long.has_room_for(same, 8) and long.has_room_for(same, 300)
+
+
+def test_handing_over_all_tokens_with_the_stage_that_did_not(tiny_llama):
+    plan = plan_of(tiny_llama, missing=())
+    stages = [PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan, static_shapes=True)]
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    ids, mask = random_prompts(LENGTHS)
+    stages[1].generate(stages[0](ids, mask), max_new_tokens=30, do_sample=False)
+    prefill, decode = map(handing_over_all_tokens, stages)
+    expected = tiny_llama.generate(ids, attention_mask=mask, **settings)
+    assert torch.equal(decode.generate(prefill(ids, mask), **settings), expected)
+
+
+def test_what_is_kept_is_part_of_no_graph_and_no_inference_mode(tiny_llama):
+    plan = plan_of(tiny_llama, missing=())
+    ids, mask = random_prompts([8, 8])
+    cache = TokenAwareCache(plan, tiny_llama)
+    tiny_llama(input_ids=ids, attention_mask=mask, past_key_values=cache)  # with a graph
+    static = StaticDecodeCache(cache, tiny_llama, 4)
+    assert not any(layer.keys.requires_grad for layer in static.layers)
+    stage = DecodeStage(tiny_llama, plan, static_shapes=True)
+    answers = []
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            answers.append(stage.generate(hand_over(tiny_llama, plan), max_new_tokens=4, do_sample=False))
+    assert torch.equal(*answers)
 
 
 class TestErrors:
@@ -155,6 +204,12 @@ class TestErrors:
         with StaticDecodeCache(cache, tiny_llama, 3) as static:
             with pytest.raises(ValueError, match="full: make it with a larger max_new_tokens"):
                 steps(tiny_llama, tiny_llama, static, ids, mask, number=4)
+
+    def test_attention_by_distance(self, tiny_model):
+        model = tiny_model("falcon", alibi=True, new_decoder_architecture=False)
+        cache, _, _ = after_prompt(model, plan_of(model, KVPlan(), ()))
+        with pytest.raises(ValueError, match="ALiBi"):
+            StaticDecodeCache(cache, model, 4)
 
     @pytest.mark.parametrize("architecture", SLIDING)
     def test_sliding_windows(self, tiny_model, architecture):

@@ -3,11 +3,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
 from masked_reference import random_prompts
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from hf_pdprune.trainer.whole_weights import set_sharded, whole_weights
+from hf_pdprune.trainer.whole_weights import check_sharding, set_sharded, whole_weights
 
 
 @pytest.fixture
@@ -47,6 +48,8 @@ def test_what_fsdp_has_sharded_is_an_ordinary_model_for_a_while(sharded, tiny_mo
         torch.testing.assert_close(logits_of(model), expected)
         torch.testing.assert_close(logits_of(copy.deepcopy(model)), expected)
         raise RuntimeError
+    with whole_weights(model, keep=False):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert isinstance(model, FSDPModule) and isinstance(model.model.layers[0], FSDPModule)
     torch.testing.assert_close(logits_of(model), expected)
@@ -66,3 +69,20 @@ def test_sharded_weights_are_set(sharded):
     set_sharded(dict(model.named_parameters()), values)
     with whole_weights(model):
         assert all(bool((parameter == 0.5).all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"fsdp_version": 1}, "set fsdp_version to 2"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, "set fsdp_state_dict_type to FULL_STATE_DICT"),
+    ],
+)
+def test_what_is_sharded_in_another_way_is_refused(tiny_llama, change, message):
+    plugin = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"} | change)
+    if message is None:
+        check_sharding(plugin, tiny_llama)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_sharding(plugin, tiny_llama)

@@ -115,7 +115,7 @@ class SpeedBenchmark:
             "kv": {"prompt_tokens": first["prompt_tokens"], **first["kv"]},
             "cases": cases,
             "shares": shares,
-            "environment": describe_environment(self.dense_model),
+            "environment": describe_environment(self.dense_model) | {"compiled_decode": self.config.compile_decode},
         }
 
     def _case(self, prompt_tokens: int, batch_size: int, progress: tqdm) -> dict[str, Any]:
@@ -182,6 +182,8 @@ class SpeedBenchmark:
 
     def _compiled(self, cache: Cache, pruned_cache: TokenAwareCache) -> dict[str, tuple[Callable, Cache]]:
         """Compiled models, as `generate` compiles them, with what the caches hold in tensors of one shape."""
+        # Anew in each case: dynamo gives up after a few versions of one function, or takes sizes for variable.
+        torch.compiler.reset()
         static = StaticCache(config=self.dense_model.config, max_cache_len=cache.get_seq_length() + self._decode_steps)
         for index, layer in enumerate(cache.layers):
             static.update(layer.keys, layer.values, index)

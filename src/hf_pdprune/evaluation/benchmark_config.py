@@ -55,3 +55,5 @@ class BenchmarkConfig:
         for name, least in (("decode_tokens", 1), ("answer_tokens", 1), ("repeats", 1), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.compile_decode and not self.warmup:
+            raise ValueError("compile_decode needs a warmup of at least 1, in which steps are compiled")

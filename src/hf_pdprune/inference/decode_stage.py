@@ -23,7 +23,8 @@ class DecodeStage(Stage):
     Args:
         args: As for [`Stage`].
         static_shapes (`bool`, defaults to `False`): Whether `generate` runs on a [`StaticDecodeCache`], so that its
-            steps can be compiled. On accelerators `generate` does that by itself.
+            steps can be compiled. On accelerators `generate` does that by itself. The cache is kept, with its memory,
+            for the next prompts of as many rows: one thread at a time may generate.
         kwargs: As for [`Stage`].
     """
 
@@ -118,6 +119,7 @@ class DecodeStage(Stage):
         if self._static_cache is not None and self._static_cache.has_room_for(cache, more_tokens):
             self._static_cache.fill(cache)
         else:
+            self._static_cache = None  # before there is another one
             self._static_cache = StaticDecodeCache(cache, self.model, more_tokens)
         return self._static_cache
 

@@ -111,7 +111,7 @@ class KVPayload:
     def quantized(self, kind: str) -> "KVPayload":
         """
         The payload with keys and values in fewer bits: `"fp8"` (e4m3) and `"int8"` with a scale per token and head,
-        `"int4"` with scale and offset for every 32 numbers. Decode gets them back in their own dtype.
+        `"int4"` with scale and offset for every 64 numbers. Decode gets them back in their own dtype.
 
         Raises:
             `ValueError`: If `kind` is unknown, if the payload is quantised already, or if its numbers are not finite.

@@ -7,16 +7,16 @@ import torch
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 _FP8_MAX = 448.0  # of torch.float8_e4m3fn
-# Numbers that share a scale in 4 bits; 8 bits share one per token and head.
-_INT4_GROUP = 64
+# Numbers that share a scale in 4 bits, the first of these that divides a head; 8 bits share one per token and head.
+_INT4_GROUPS = (64, 32)
 
 
 @dataclass
 class QuantizedStates:
     """
     Keys or values of a block, quantised per token and head. int8 and fp8 are symmetric, `x = scale * code`. int4 has
-    an offset, `x = offset + scale * code`, and a scale for every 64 numbers of a head, which are rotated before (by
-    signs and a Hadamard matrix, as in QuaRot, arXiv 2404.00456): what a few large channels hold is spread over all.
+    an offset, `x = offset + scale * code`, and a scale for every 64 (or 32) numbers of a head. These are rotated
+    before, by signs and a Hadamard matrix (QuaRot, arXiv 2404.00456), so that no channel is much larger than others.
 
     Args:
         codes (`torch.Tensor`): Shape `(batch_size, num_heads, tokens, head_dim)`, int8 or float8_e4m3fn; for int4
@@ -112,8 +112,8 @@ class QuantizedStates:
 
 
 def int4_group(head_dim: int) -> int:
-    """How many numbers of a head share a scale in int4: 64 where that fits, else all."""
-    return _INT4_GROUP if head_dim % _INT4_GROUP == 0 else head_dim
+    """How many numbers of a head share a scale in int4: 64 or 32 where that fits, else all."""
+    return next((size for size in _INT4_GROUPS if head_dim % size == 0), head_dim)
 
 
 def _rotated(numbers: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from transformers import Cache
 from transformers.cache_utils import StaticLayer
 from transformers.utils.generic import is_flash_attention_requested
 
-from ..blocks import get_blocks
+from ..blocks import check_attends_by_mask, get_blocks
 from .call_arguments import CallArguments
 from .token_aware_cache import TokenAwareCache
 from .token_aware_layer import TokenAwareLayer
@@ -109,8 +109,8 @@ class StaticDecodeCache(Cache):
         max_new_tokens (`int`): Tokens after what `cache` has seen for which there is room.
 
     Raises:
-        `ValueError`: If the prompt has not been read to its end, if blocks attend to a sliding window, or with flash
-        attention.
+        `ValueError`: If the prompt has not been read to its end, if blocks attend to a sliding window or by distance
+        (ALiBi, local attention), or with flash attention.
     """
 
     def __init__(self, cache: TokenAwareCache, model: nn.Module, max_new_tokens: int):
@@ -123,9 +123,11 @@ class StaticDecodeCache(Cache):
                 f"{model.config.model_type} has blocks with a sliding window, which static shapes are not made for: "
                 "use the TokenAwareCache itself"
             )
+        check_attends_by_mask(model)
         _check_complete(cache)
         self.running_layers = cache.running_layers
-        token_aware = {index: cache.layers[index] for index in cache.token_aware_indices}
+        self.windows = _windows(cache)
+        token_aware = {index: cache.layers[index] for index in self.windows}
         seen = cache.get_seq_length()
         slots = {
             index: layer.first_tokens + layer.last_tokens + (seen - cache.prompt_tokens) + max_new_tokens
@@ -134,7 +136,9 @@ class StaticDecodeCache(Cache):
         # One more than is needed: to the last place of all point the slots that no mask has a column for.
         longest = max([seen + max_new_tokens, *slots.values()]) + 1
         max_length = -(-longest // _LENGTH_STEP) * _LENGTH_STEP
-        super().__init__(layers=[StaticDecodeLayer(max_length, slots.get(i, max_length)) for i in range(len(cache))])
+        with torch.inference_mode(False):  # it may be used outside of it later
+            layers = [StaticDecodeLayer(max_length, slots.get(index, max_length)) for index in range(len(cache))]
+        super().__init__(layers=layers)
         # By window, the logical place of what lies in each slot, (batch_size, slots).
         self._columns: dict[tuple[int, int], torch.LongTensor] = {}
         self.fill(cache)
@@ -148,12 +152,19 @@ class StaticDecodeCache(Cache):
         self.close = weakref.finalize(self, _remove_all, handles)
 
     def has_room_for(self, cache: TokenAwareCache, max_new_tokens: int) -> bool:
-        """Whether this cache can be filled from another one and then take so many tokens."""
-        if cache.running_layers != self.running_layers or cache.batch_rows != self.batch_size:
+        """
+        Whether this cache can be filled from another one and then take so many tokens, without being much too large.
+        """
+        if (cache.running_layers, _windows(cache)) != (self.running_layers, self.windows):
             return False
-        lengths = [(self.layers[i], cache.layers[i].keys.shape[-2]) for i in self.running_layers]
-        fits = all(held + max_new_tokens <= layer.slots for layer, held in lengths)
-        return fits and cache.get_seq_length() + max_new_tokens < self.get_max_length()
+        pairs = [(self.layers[index], cache.layers[index]) for index in self.running_layers]
+        own, other = (layer.keys for layer in pairs[0])
+        if (len(own), own.dtype, own.device) != (len(other), other.dtype, other.device):
+            return False
+        length = cache.get_seq_length() + max_new_tokens
+        fits = all(layer.keys.shape[-2] + max_new_tokens <= static.slots for static, layer in pairs)
+        # Attention goes over all of the buffer: one that a long prompt has left slows short ones down.
+        return fits and length < self.get_max_length() <= 2 * length + _LENGTH_STEP
 
     def fill(self, cache: TokenAwareCache) -> None:
         """
@@ -165,11 +176,13 @@ class StaticDecodeCache(Cache):
         """
         _check_complete(cache)
         seen = cache.get_seq_length()
-        for index in self.running_layers:
-            layer = cache.layers[index]
-            self.layers[index].fill(layer.keys, layer.values, seen)
-            if index in cache.token_aware_indices:
-                self._set_columns(self.layers[index], layer, cache.batch_rows)
+        # What stays for other prompts must belong neither to a graph nor to somebody's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for index in self.running_layers:
+                layer = cache.layers[index]
+                self.layers[index].fill(layer.keys, layer.values, seen)
+                if index in self.windows:
+                    self._set_columns(self.layers[index], layer, cache.batch_rows)
         cache.close()
 
     def _set_columns(self, layer: StaticDecodeLayer, source: TokenAwareLayer, rows: int) -> None:
@@ -188,7 +201,7 @@ class StaticDecodeCache(Cache):
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
             caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
-            if not caches or caches[0].layers[index] is not layer:
+            if not caches or len(caches[0].layers) <= index or caches[0].layers[index] is not layer:
                 return None
             mask = arguments.get("attention_mask", args, kwargs)
             mask = mask.expand(len(columns), -1, -1, -1)
@@ -226,6 +239,12 @@ class StaticDecodeCache(Cache):
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
+
+
+def _windows(cache: TokenAwareCache) -> dict[int, tuple[int, int]]:
+    """First and last tokens that each token-aware layer keeps."""
+    layers = ((index, cache.layers[index]) for index in cache.token_aware_indices)
+    return {index: (layer.first_tokens, layer.last_tokens) for index, layer in layers}
 
 
 def _check_complete(cache: TokenAwareCache) -> None:

@@ -1,8 +1,11 @@
-"""add_adapters: the model with the adapters that a training's options ask for."""
+"""What learns: the model with the adapters that a training's options ask for, or a copy of it as a whole."""
+
+import copy
 
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from ..adapters import is_quantized
 from ..plan import PruningPlan
 from .pdprune_config import PDPruneConfig
 from .stage_adapters import STAGE_ADAPTERS, default_lora
@@ -28,3 +31,15 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
         if args.local_distillation_tokens or plan.prefill.merged_blocks or plan.decode.merged_blocks:
             fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
     return STAGE_ADAPTERS[args.stage].add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
+
+
+def learning_copy(model: nn.Module) -> nn.Module:
+    """
+    A copy of the dense model whose weights learn.
+
+    Raises:
+        `ValueError`: If they are quantised.
+    """
+    if any(map(is_quantized, model.modules())):
+        raise ValueError("full_finetuning needs weights that can learn: load the model without quantisation")
+    return copy.deepcopy(model).requires_grad_(True)

@@ -1,6 +1,5 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
-import copy
 import logging
 import os
 from dataclasses import replace
@@ -22,7 +21,7 @@ from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
 from ..search import SearchConfig
-from .adapted_model import add_adapters
+from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
@@ -40,7 +39,7 @@ from .training_checkpoint import (
 )
 from .training_data import check_given_rows, check_prepared_rows
 from .training_metrics import TrainingMetrics
-from .whole_weights import whole_weights
+from .whole_weights import check_sharding, whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -109,8 +108,7 @@ class PDPruneTrainer(SFTTrainer):
         self.dense_model = None  # the model itself, where adapters learn
         torch.manual_seed(args.seed)
         if args.full_finetuning:
-            self.dense_model = model.requires_grad_(False)
-            model = copy.deepcopy(model).requires_grad_(True)
+            self.dense_model, model = model.requires_grad_(False), learning_copy(model)
         else:
             model = add_adapters(model, plan, args, peft_config)
         pad_token_id = processing_class.pad_token_id if processing_class is not None else None
@@ -157,6 +155,8 @@ class PDPruneTrainer(SFTTrainer):
         self._is_sharded = kind == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
         if not self._is_sharded:
             return
+        if kind == "FSDP":
+            check_sharding(self.accelerator.state.fsdp_plugin, self.model)
         for name in ("full_finetuning", "search_in_rounds"):
             if getattr(self.args, name):
                 raise ValueError(f"{name} needs whole weights: it does not run with ZeRO-3 or FSDP")
@@ -361,7 +361,7 @@ class PDPruneTrainer(SFTTrainer):
             return
         if self.state.global_step > 0 and not self.removal.is_complete:
             logger.warning("training ended before all blocks were removed; the saved stages lack all of them")
-        with whole_weights(self.accelerator.unwrap_model(self.model)):
+        with whole_weights(self.accelerator.unwrap_model(self.model), self.args.should_save):
             if self.args.should_save:
                 export_learned_stages(
                     self.stages(), self.plan, output_dir, self.stage_adapters.layout, self.processing_class

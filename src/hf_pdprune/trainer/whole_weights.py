@@ -3,12 +3,14 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..adapters import is_quantized
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -16,14 +18,15 @@ _STATE = "__composable_api_state_key"  # begins the names under which FSDP2 keep
 
 
 @contextmanager
-def whole_weights(model: nn.Module) -> Iterator[None]:
+def whole_weights(model: nn.Module, keep: bool = True) -> Iterator[None]:
     """
-    Within this context a model has all its weights. Where ZeRO-3 has partitioned them, every process holds them;
-    where FSDP2 has sharded them, the main process does, for which it is an ordinary model then, and the others hold
-    none. All processes have to enter it.
+    Within this context a model has all its weights. Where ZeRO-3 has partitioned them, every process holds them. Where
+    FSDP2 has sharded them, those do that `keep` them, on the CPU (buffers, too): an accelerator need not have room for
+    all. To them it is an ordinary model meanwhile, but for `generate`. All processes have to enter the context.
 
     Args:
         model (`nn.Module`): A model, partitioned or not.
+        keep (`bool`, defaults to `True`): Whether this process needs the weights.
     """
     partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
     with ExitStack() as stack:
@@ -32,12 +35,12 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
 
             stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
         elif any(isinstance(module, FSDPModule) for module in model.modules()):
-            stack.enter_context(_gathered(model))
+            stack.enter_context(_gathered(model, keep))
         yield
 
 
 @contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
+def _gathered(model: nn.Module, keep: bool) -> Iterator[None]:
     wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped:
         module.reshard()  # what was left gathered after a forward has the dtype of computation
@@ -51,13 +54,18 @@ def _gathered(model: nn.Module) -> Iterator[None]:
     for _, _, parameter in places:
         if id(parameter) not in whole:
             data = parameter.detach().full_tensor()
-            data = data if PartialState().is_main_process else torch.empty_like(data, device="meta")
+            data = data.cpu() if keep else torch.empty_like(data, device="meta")
             whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
     before = [
         (module, type(module), {k: v for k, v in vars(module).items() if k in _HOOKS or k.startswith(_STATE)})
         for module in wrapped
     ]
+    buffers = [
+        (module._buffers, n, b) for module in model.modules() for n, b in module._buffers.items() if b is not None
+    ]
     try:
+        for owner, name, buffer in buffers:
+            owner[name] = buffer.cpu()
         for module, name, parameter in places:
             setattr(module, name, whole[id(parameter)])
         for module, wrapper, attributes in before:
@@ -73,6 +81,8 @@ def _gathered(model: nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
         for module, name, parameter in places:
             setattr(module, name, parameter)
+        for owner, name, buffer in buffers:
+            owner[name] = buffer
 
 
 @torch.no_grad()
@@ -89,3 +99,19 @@ def set_sharded(parameters: Mapping[str, torch.Tensor], values: Mapping[str, tor
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         parameter.copy_(value)
+
+
+def check_sharding(plugin: Any, model: nn.Module) -> None:
+    """
+    Raises a `ValueError` where FSDP is not used as this library knows it.
+
+    Args:
+        plugin ([`~accelerate.FullyShardedDataParallelPlugin`]): accelerate's.
+        model (`nn.Module`): The model.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError("FSDP1 is not supported: set fsdp_version to 2 (recipes/accelerate_configs/fsdp2.yaml)")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError("adapters are saved whole: set fsdp_state_dict_type to FULL_STATE_DICT")
+    if any(map(is_quantized, model.modules())):
+        raise ValueError("quantised dense weights are not sharded by FSDP: use DDP, or load the model in 16 bits")
