@@ -59,6 +59,12 @@ def folder(tmp_path, tiny_llama, tiny_tokenizer):
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def of_one_process():
+    """What one process comes to, for all that is compared with it."""
+    return {}
+
+
 def train(folder, processes, **options):
     """The log and the weights of a training of eight rows per step."""
     options = OPTIONS | {"per_device_train_batch_size": 8 // processes} | options
@@ -88,10 +94,12 @@ def train(folder, processes, **options):
 
 @pytest.mark.invariant
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one_with_twice_the_batch(folder, kind):
+def test_two_processes_train_as_one_with_twice_the_batch(folder, of_one_process, kind):
     if "deepspeed" in KINDS[kind]:
         pytest.importorskip("deepspeed")
-    result, weights = train(folder, 1)
+    if not of_one_process:
+        of_one_process["result"] = train(folder, 1)
+    result, weights = of_one_process["result"]
     two, weights_of_two = train(folder, 2, **KINDS[kind])
     log, log_of_two = ([entry for entry in r["log"] if "loss" in entry] for r in (result, two))
     assert len(log) == 3
