@@ -2,6 +2,7 @@ import gc
 from functools import partial
 
 import pytest
+from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, benchmark
@@ -115,8 +116,10 @@ def test_decode_steps_can_be_compiled(tiny_llama, plan, monkeypatch):
         return tokens
 
     monkeypatch.setattr(SpeedBenchmark, "_step", watched)
+    counters.clear()
     for compiled in (False, True):
         SpeedBenchmark(tiny_llama, *pair, small(compile_decode=compiled)).run()
+    assert counters["stats"]["unique_graphs"] == 2  # one step of each model
     plain, compiled = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert {kind for kind, _ in plain} == {DynamicCache, TokenAwareCache}
     assert {kind for kind, _ in compiled} == {StaticCache, StaticDecodeCache}

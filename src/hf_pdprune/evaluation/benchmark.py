@@ -147,6 +147,8 @@ class SpeedBenchmark:
         tpot: dict[str, list[float]] = {"dense": [], "pruned": []}
         payload = payload.to(self.decode.model.device)
         tokens = {"dense": first_token, "pruned": payload.first_token}
+        # Columns of the prompts' ids so far: with strides of their own the first step would be compiled for itself.
+        tokens = {name: ids.clone(memory_format=torch.contiguous_format) for name, ids in tokens.items()}
         with (
             self.decode.active(),
             TokenAwareCache.from_payload(
