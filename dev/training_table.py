@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
-from hf_pdprune.evaluation import compare_quality, handing_over_all_tokens
+from hf_pdprune.evaluation import compare_hand_overs
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 
@@ -81,10 +81,11 @@ def held_out(tokenizer, sources, examples):
 
 def measure(model, prefill, decode, batches):
     """KL and the like, with what the plan hands over and with all tokens."""
-    pairs = {"": (prefill, decode), "all_tokens_": tuple(map(handing_over_all_tokens, (prefill, decode)))}
-    quality = compare_quality(model, pairs, batches)
+    by_plan, all_tokens = compare_hand_overs(model, {"pair": (prefill, decode)}, batches)
     names = ("kl", "perplexity", "top1_agreement")
-    return {f"{prefix}{name}": quality[prefix][name] for prefix in pairs for name in names}
+    return {name: by_plan["pair"][name] for name in names} | {
+        f"all_tokens_{name}": all_tokens["pair"][name] for name in names
+    }
 
 
 def main(args):

@@ -30,7 +30,7 @@ from trl import TrlParser
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
-from hf_pdprune.evaluation import compare_quality, write_report, write_results
+from hf_pdprune.evaluation import compare_hand_overs, write_report, write_results
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.pair_source import PairSource
@@ -210,11 +210,8 @@ def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
     size = args.batch_size
     batches = [collator(examples[begin : begin + size]) for begin in range(0, len(examples), size)]
     pairs: dict[str, tuple[PrefillStage, DecodeStage]] = {"pruned": (models.pruned.prefill, models.pruned.decode)}
-    dense = models.dense.prefill.model
-    return {
-        "quality_of_stages": compare_quality(dense, pairs, batches),
-        "quality_of_stages_all_tokens": compare_quality(dense, pairs, batches, token_aware=False),
-    }
+    by_plan, all_tokens = compare_hand_overs(models.dense.prefill.model, pairs, batches)
+    return {"quality_of_stages": by_plan, "quality_of_stages_all_tokens": all_tokens}
 
 
 def file_digest(path: Path | None) -> str:

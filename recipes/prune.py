@@ -30,8 +30,7 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_exampl
 from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
-    compare_quality,
-    handing_over_all_tokens,
+    compare_hand_overs,
     read_results,
     write_report,
     write_results,
@@ -318,19 +317,15 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         for stage in healed:
             stage.model.to(model.device)
         pairs = {"unhealed": (PrefillStage(model, plan), DecodeStage(model, plan)), "healed": healed}
-        # In one go, so that the dense model reads the text once.
-        all_tokens = {f"{name}, all tokens": tuple(map(handing_over_all_tokens, pair)) for name, pair in pairs.items()}
-        quality = compare_quality(model, pairs | all_tokens, held_out)
+        quality, quality_all_tokens = compare_hand_overs(model, pairs, held_out)
         results = {
-            "quality": {name: quality[name] for name in ("dense", *pairs)},
-            "quality_all_tokens": {
-                name: quality[key] for name, key in zip(("dense", *pairs), ("dense", *all_tokens), strict=True)
-            },
+            "quality": quality,
+            "quality_all_tokens": quality_all_tokens,
             **SpeedBenchmark(model, *healed, benchmark).run(),
             "distillation": read_json(folder / "distillation.json"),
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
-        del model, healed, pairs, all_tokens
+        del model, healed, pairs
         handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from hf_pdprune.data import PromptCompletionCollator
-from hf_pdprune.evaluation import compare_quality, evaluate_quality
-from hf_pdprune.evaluation.quality import handing_over_all_tokens
+from hf_pdprune.evaluation import compare_hand_overs, compare_quality, evaluate_quality, handing_over_all_tokens
 from hf_pdprune.hub import build_stage
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward, disaggregated_forward
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
@@ -69,19 +68,18 @@ def test_empty_plan_is_the_dense_model(tiny_llama, batches):
 def test_handing_over_all_tokens_is_the_plan_without_token_aware_blocks(tiny_llama, batches):
     plan = plan_of(tiny_llama)
     everything = PruningPlan.empty(tiny_llama, "tiny", prefill=plan.prefill, decode=plan.decode)
-    expected = evaluate_quality(*views(tiny_llama, everything), tiny_llama, batches)
-    assert evaluate_quality(*views(tiny_llama, plan), tiny_llama, batches, token_aware=False) == expected
-    assert evaluate_quality(*views(tiny_llama, plan), tiny_llama, batches)["kl"] != expected["kl"]
+    by_plan, all_tokens = compare_hand_overs(tiny_llama, {"pair": views(tiny_llama, plan)}, batches)
+    assert all_tokens == compare_quality(tiny_llama, {"pair": views(tiny_llama, everything)}, batches)
+    assert by_plan == compare_quality(tiny_llama, {"pair": views(tiny_llama, plan)}, batches)
+    assert by_plan["pair"]["kl"] != all_tokens["pair"]["kl"]
 
 
 def test_checkpoints_and_views_agree_and_stay_as_they_are(tiny_llama, batches):
     plan = plan_of(tiny_llama)
     models = [build_stage(tiny_llama, plan, stage) for stage in ("prefill", "decode")]
     pair = PrefillStage(models[0], plan), DecodeStage(models[1], plan)
-    for token_aware in (True, False):
-        found = compare_quality(
-            tiny_llama, {"views": views(tiny_llama, plan), "checkpoints": pair}, batches, token_aware
-        )
+    pairs = {"views": views(tiny_llama, plan), "checkpoints": pair}
+    for found in compare_hand_overs(tiny_llama, pairs, batches):
         for key, value in found["views"].items():
             assert found["checkpoints"][key] == pytest.approx(value, rel=1e-4)
     assert PruningPlan.from_config(models[1].config).digest == plan.digest

@@ -108,7 +108,7 @@ def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, ca
     def not_again(*args, **kwargs):
         raise AssertionError("a finished step was done again")
 
-    for step in ("search", "train", "compare_quality", "handover_between_processes"):
+    for step in ("search", "train", "compare_hand_overs", "handover_between_processes"):
         monkeypatch.setattr(prune, step, not_again)
     run(prune, options)
     assert "KL to dense" in capsys.readouterr().out

@@ -2,7 +2,7 @@ from .benchmark import SpeedBenchmark
 from .benchmark_config import BenchmarkConfig
 from .continuation_scorer import ContinuationScorer
 from .pair_source import PairSource
-from .quality import compare_quality, evaluate_quality, handing_over_all_tokens
+from .quality import compare_hand_overs, compare_quality, evaluate_quality, handing_over_all_tokens
 from .report import write_report
 from .results import read_results, write_results
 from .run_comparison import compare_runs
@@ -13,6 +13,7 @@ __all__ = [
     "ContinuationScorer",
     "PairSource",
     "SpeedBenchmark",
+    "compare_hand_overs",
     "compare_quality",
     "compare_runs",
     "evaluate_quality",

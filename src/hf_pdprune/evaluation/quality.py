@@ -86,7 +86,6 @@ def evaluate_quality(
     decode: DecodeStage,
     dense_model: nn.Module,
     batches: Iterable[Mapping[str, torch.Tensor]],
-    token_aware: bool = True,
 ) -> dict[str, float | int]:
     """
     Quality of one pair of stages through the disaggregated forward; see [`compare_quality`], which also gives the
@@ -96,7 +95,7 @@ def evaluate_quality(
         `dict`: `perplexity`, `kl` (KL(dense || pair) in nats), `top1_agreement`, all per completion token, and
         `tokens`, their number.
     """
-    return compare_quality(dense_model, {"pruned": (prefill, decode)}, batches, token_aware)["pruned"]
+    return compare_quality(dense_model, {"pruned": (prefill, decode)}, batches)["pruned"]
 
 
 @torch.no_grad()
@@ -104,7 +103,6 @@ def compare_quality(
     dense_model: nn.Module,
     pairs: Mapping[str, Pair],
     batches: Iterable[Mapping[str, torch.Tensor]],
-    token_aware: bool = True,
 ) -> dict[str, dict[str, float | int]]:
     """
     Quality of the dense model and of pairs of stages on the same text, one batch at a time.
@@ -113,8 +111,6 @@ def compare_quality(
         dense_model (`nn.Module`): The dense model, with adapters or not (they do not apply).
         pairs (`Mapping[str, tuple[PrefillStage, DecodeStage]]`): Pairs by name: checkpoints, or views of a model.
         batches (`Iterable[Mapping]`): As [`PromptCompletionCollator`] makes them; labels of -100 do not count.
-        token_aware (`bool`, defaults to `True`): Whether decode gets only the KV entries that the plan sends it;
-            `False` hands over those of every prompt token.
 
     Returns:
         `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement`, all per completion
@@ -126,8 +122,6 @@ def compare_quality(
     """
     if "dense" in pairs:
         raise ValueError("'dense' is the dense model's name; call the pair otherwise")
-    if not token_aware:
-        pairs = {name: tuple(map(handing_over_all_tokens, pair)) for name, pair in pairs.items()}
     sums = {name: QualitySums(name) for name in ("dense", *pairs)}
     models = {id(m): m for m in (dense_model, *(stage.model for pair in pairs.values() for stage in pair))}
     training = [(model, model.training) for model in models.values()]
@@ -135,7 +129,7 @@ def compare_quality(
     try:
         for model, _ in training:
             model.eval()
-        for batch in tqdm(batches, desc="Quality" if token_aware else "Quality, all tokens", unit="batch"):
+        for batch in tqdm(batches, desc="Quality", unit="batch"):
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             mask = batch["labels"] != -100
             labels, dense_logits = batch["labels"][mask], dense_forward(dense_model, batch)[mask]
@@ -150,6 +144,30 @@ def compare_quality(
     if not sums["dense"].tokens:
         raise ValueError("there is no completion token to evaluate on")
     return {name: part.result() for name, part in sums.items()}
+
+
+def compare_hand_overs(
+    dense_model: nn.Module, pairs: Mapping[str, Pair], batches: Iterable[Mapping[str, torch.Tensor]]
+) -> tuple[dict[str, dict[str, float | int]], dict[str, dict[str, float | int]]]:
+    """
+    Quality as [`compare_quality`] gives it, with the KV entries that the plan hands over and with those of all prompt
+    tokens; the dense model reads the text once for both.
+
+    Args:
+        dense_model (`nn.Module`): The dense model.
+        pairs (`Mapping[str, tuple[PrefillStage, DecodeStage]]`): Pairs by name.
+        batches (`Iterable[Mapping]`): As for [`compare_quality`].
+
+    Returns:
+        `tuple[dict, dict]`: By the plan, and with all tokens; each with `"dense"` and the names of the pairs.
+    """
+    all_tokens = {f"{name}, all tokens": tuple(map(handing_over_all_tokens, pair)) for name, pair in pairs.items()}
+    quality = compare_quality(dense_model, {**pairs, **all_tokens}, batches)
+    names = ("dense", *pairs)
+    return (
+        {name: quality[name] for name in names},
+        {name: quality[key] for name, key in zip(names, ("dense", *all_tokens), strict=True)},
+    )
 
 
 def handing_over_all_tokens(stage: Stage) -> Stage:
