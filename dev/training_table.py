@@ -2,7 +2,7 @@
 """
 What the options of a training bring: the same plan healed in several ways, on the same text and (but for the closed
 form alone) as many tokens, each from the dense model. A row of rows.jsonl for each as soon as it is known, which is
-not made again.
+not made again. A fit in closed form that several variants start from is made once and kept.
 
     python dev/training_table.py --model <folder> --plan outputs/demo --output_dir outputs/training_table \\
         --train <sources, separated by commas> --validation <source> ...
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
@@ -70,6 +71,24 @@ VARIANTS = {
 }
 
 
+class TableTrainer(PDPruneTrainer):
+    """Takes the fit in closed form that an earlier variant has made from the same text for the same blocks."""
+
+    def _distil_locally(self, is_resumed):
+        plan = self.removal.plan_of_round(1)
+        fit = Path(self.args.output_dir).parent / f"fit-{plan.digest[:16]}-{self.args.stage}.safetensors"
+        adapters = {name: value.data for name, value in self.model.named_parameters() if "lora_" in name}
+        is_kept = fit.is_file() and self.args.local_distillation_tokens > 0
+        if is_kept:
+            kept = load_file(fit)
+            assert kept.keys() == adapters.keys()
+            for name, value in adapters.items():
+                value.copy_(kept[name])
+        super()._distil_locally(is_resumed or is_kept)
+        if self.args.local_distillation_tokens and not is_kept:
+            save_file({name: value.clone() for name, value in adapters.items()}, fit)
+
+
 def held_out(tokenizer, sources, examples):
     """Batches of each source, the same number of examples."""
     collator, batches = PromptCompletionCollator(tokenizer.pad_token_id), []
@@ -106,7 +125,7 @@ def main(args):
             result = measure(model, PrefillStage(model, own), DecodeStage(model, own), batches)
         else:
             tokens = options["local_distillation_tokens"] + options["max_steps"] * STEP_TOKENS
-            trainer = PDPruneTrainer(
+            trainer = TableTrainer(
                 model,
                 own,
                 args=PDPruneConfig(str(path.parent / "run"), **options),
