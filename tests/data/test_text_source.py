@@ -217,10 +217,18 @@ class TestSeveralSources:
         assert load_text(both, "train", max_rows=5)["prompt"][:] == ["p0", "q0", "p1", "q1", "p2"]
         assert load_text(both, "train").to_list() == load_text(both, "train").to_list()
 
+    def test_beside_text_prompt_and_completion_become_one(self, tmp_path, caplog):
+        first = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+        second = write_jsonl(
+            tmp_path / "b.jsonl", [{"prompt": "p", "completion": " c"}, {"question": "q", "answer": "b"}]
+        )
+        assert load_text(f"{first},{second}", "train").to_list() == [{"text": "a"}, {"text": "p c"}, {"text": "q b"}]
+        assert "prompt and completion become one text" in caplog.text and "b.jsonl" in caplog.text
+
     def test_different_columns(self, tmp_path):
         first = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
-        second = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "p", "completion": "c"}])
-        with pytest.raises(ValueError, match="a.jsonl gives text; .*b.jsonl gives prompt, completion"):
+        second = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+        with pytest.raises(ValueError, match="a.jsonl gives text; .*b.jsonl gives messages"):
             load_text(f"{first},{second}", "train")
 
     def test_with_the_built_in_text(self, tmp_path):

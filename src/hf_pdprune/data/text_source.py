@@ -1,6 +1,7 @@
 """Text for calibration, distillation and evaluation: one function, whatever the text comes from."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
@@ -11,11 +12,14 @@ import datasets
 from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS, docstring_records, topic_records
 
 
+logger = logging.getLogger(__name__)
+
 _ACCEPTED = (
     "'text'; 'prompt' and 'completion'; 'question', 'choices' and 'answer' (index of the right choice); "
     "'question' and 'answer' (text); 'messages'; or any column named by text_column"
 )
 _BUILT_IN = {PYDOC_TOPICS: topic_records, PYDOC_DOCSTRINGS: docstring_records}
+_TEXT, _PAIR = ("text",), ("prompt", "completion")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -46,7 +50,8 @@ def load_text(
             - a folder with files `<split>.jsonl` or `<name>.<split>.jsonl`;
             - else the id of a data set on the Hub.
 
-            Several of them joined by commas give their rows in turn, as long as they last.
+            Several of them joined by commas give their rows in turn, as long as they last. Where some give `text` and
+            others `prompt` and `completion`, these are joined to a `text` as well.
         split (`str`):
             Part of the data set. Python's own texts have `calibration`, `train` and `validation`.
         subset (`str`, *optional*):
@@ -98,8 +103,13 @@ def _interleave(parts: dict[str, list[dict]]) -> list[dict]:
     Takes one row of each part in turn, so that the first rows are equally many of each; those of the longer parts that
     are left come last.
     """
-    columns = {name: list(rows[0]) for name, rows in parts.items()}
-    if len({tuple(names) for names in columns.values()}) > 1:
+    columns = {name: tuple(rows[0]) for name, rows in parts.items()}
+    if set(columns.values()) == {_TEXT, _PAIR}:
+        pairs = [name for name, names in columns.items() if names == _PAIR]
+        logger.warning("beside plain text, prompt and completion become one text: %s", ", ".join(pairs))
+        for name in pairs:
+            parts[name] = [{"text": row["prompt"] + row["completion"]} for row in parts[name]]
+    elif len(set(columns.values())) > 1:
         found = "; ".join(f"{name} gives {', '.join(names)}" for name, names in columns.items())
         raise ValueError(f"sources that are joined must give the same columns: {found}")
     return [row for group in zip_longest(*parts.values()) for row in group if row is not None]
