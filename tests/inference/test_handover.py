@@ -83,6 +83,10 @@ def test_bad_input_starts_no_process(tmp_path):
             handover_between_processes(tmp_path, prompts, tokens)
 
 
+# What a stranger may say that it is about to send: more than there is, more than is taken, fewer than none.
+CLAIMED_LENGTHS = (1 << 60, 1001, -1)
+
+
 def _exchange(rank, port):
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
@@ -91,12 +95,15 @@ def _exchange(rank, port):
         store.set("sent", str(send_payload(_payload(), 1)))
         dist.send(torch.tensor([64]), 1)
         dist.send(torch.arange(64, dtype=torch.uint8), 1)
+        for length in CLAIMED_LENGTHS:
+            dist.send(torch.tensor([length]), 1)
     else:
         store.set("received", receive_payload(0).to_bytes())
-        try:
-            receive_payload(0)
-        except PayloadError as error:
-            store.set("error", str(error))
+        for number, most_bytes in enumerate((64, *(1000 for _ in CLAIMED_LENGTHS))):
+            try:
+                receive_payload(0, most_bytes=most_bytes)
+            except PayloadError as error:
+                store.set(f"error {number}", str(error))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -117,7 +124,9 @@ def test_payload_arrives_as_it_was_sent_or_is_refused():
     expected = _payload().to_bytes()
     assert store.get("received") == expected
     assert int(store.get("sent")) == len(expected)
-    assert b"payload" in store.get("error")
+    assert b"payload" in store.get("error 0")
+    for number, length in enumerate(CLAIMED_LENGTHS, 1):
+        assert f"a payload of {length} bytes was announced; at most 1000" in store.get(f"error {number}").decode()
 
 
 def test_stage_of_wrong_kind_is_refused(tiny_llama, tmp_path):

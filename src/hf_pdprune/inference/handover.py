@@ -15,11 +15,12 @@ from torch import multiprocessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from ..kv import KVPayload
+from ..kv import KVPayload, PayloadError
 from ..pair_layout import stage_folders
 from ..plan import PruningPlan
 from ..weight_files import check_weight_index
 from .decode_stage import DecodeStage
+from .link import MOST_BYTES
 from .prefill_stage import PrefillStage
 
 
@@ -58,7 +59,12 @@ def send_payload(
     return len(data)
 
 
-def receive_payload(src: int, group: dist.ProcessGroup | None = None, device: torch.device | str = "cpu") -> KVPayload:
+def receive_payload(
+    src: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+    most_bytes: int = MOST_BYTES,
+) -> KVPayload:
     """
     Receives what [`send_payload`] sends.
 
@@ -66,13 +72,18 @@ def receive_payload(src: int, group: dist.ProcessGroup | None = None, device: to
         src (`int`): Rank of the process that prefills.
         group (`ProcessGroup`, *optional*): Where it is not the default one.
         device (`torch.device`, defaults to `"cpu"`): As for [`send_payload`].
+        most_bytes (`int`, defaults to 16 GiB): A payload that claims to be longer is refused before any memory is
+            taken for it.
 
     Raises:
-        `PayloadError`: If the bytes are no payload, or arrive altered.
+        `PayloadError`: If the bytes are no payload, claim to be too many or fewer than none, or arrive altered.
     """
-    length = torch.zeros(1, dtype=torch.int64, device=device)
-    dist.recv(length, src, group=group)
-    buffer = torch.empty(int(length), dtype=torch.uint8, device=device)
+    claimed = torch.zeros(1, dtype=torch.int64, device=device)
+    dist.recv(claimed, src, group=group)
+    length = claimed.item()
+    if not 0 <= length <= most_bytes:
+        raise PayloadError(f"a payload of {length} bytes was announced; at most {most_bytes} are taken")
+    buffer = torch.empty(length, dtype=torch.uint8, device=device)
     dist.recv(buffer, src, group=group)
     return KVPayload.from_bytes(buffer.cpu().numpy().data)
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 
 _CHUNK_BYTES = 1 << 16
+# What a receiver takes where it is told nothing else: 16 GiB.
+MOST_BYTES = 1 << 34
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class ThrottledSender:
                 return
 
 
-def receive_frame(connection: socket.socket, most_bytes: int = 1 << 34) -> bytearray:
+def receive_frame(connection: socket.socket, most_bytes: int = MOST_BYTES) -> bytearray:
     """
     The next frame that a [`ThrottledSender`] sent.
 
