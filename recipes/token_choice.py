@@ -9,9 +9,11 @@ first and last tokens in all blocks and in as many random blocks, H2O and SnapKV
 needles and key-value pairs at several depths of the prompt, and on few-shot questions. What is chosen by attention in
 the plan's blocks is what the prefill stage hands over; the baselines are selected from everything it reads. Decode
 reads the prompt's last token, so that every token of an answer depends on what was handed over. Every example is a
-line of `token_choice.jsonl`; an interrupted run goes on after the last.
+line of `token_choice.jsonl`, kept by what it depends on: an interrupted run goes on with those that are missing, and
+runs with other options can share a folder.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -28,6 +30,7 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
 from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PromptWindow
@@ -124,6 +127,12 @@ class Example:
     completions: list[list[int]]
     answer: int = 0
 
+    @property
+    def digest(self) -> str:
+        """Tells examples apart whose tokens differ."""
+        content = json.dumps([self.prompt, self.completions, self.answer])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
 
 class TokenChoices:
     """
@@ -140,6 +149,13 @@ class TokenChoices:
         self.blocks = plan.kept_blocks("decode")
         self.kv_heads = model.config.get_text_config().num_key_value_heads
         self.fingerprint = model_fingerprint(model)
+        self.settings = {  # what the scores of an example depend on
+            "plan": plan.digest,
+            "model": args.model,
+            "fingerprint": self.fingerprint,
+            "seed": args.seed,
+            "quantizations": args.quantizations,
+        }
 
     def kv_plans(self, tokens: int) -> dict[str, KVPlan]:
         """What each choice hands over of a prompt of `tokens` tokens. All but the first have equal bytes."""
@@ -160,6 +176,11 @@ class TokenChoices:
             "H2O, all blocks": every,
             "SnapKV, all blocks": every,
         }
+
+    def scores(self, example: Example) -> dict[str, dict[str, float]]:
+        """See [`score`]."""
+        completions = [torch.tensor([completion]) for completion in example.completions]
+        return score(example, self.logits(torch.tensor([example.prompt]), completions))
 
     @torch.no_grad()
     def logits(self, prompt: torch.LongTensor, completions: list[torch.LongTensor]) -> dict[str, list[torch.Tensor]]:
@@ -326,18 +347,11 @@ def main(args: TokenChoiceArguments) -> None:
         token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
     ]
     examples = [*texts(args, stream), *retrieval(args, tokenizer, stream), *questions(args, tokenizer)]
-    path = Path(args.output_dir) / "token_choice.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    if any(line["task"] != example.task for line, example in zip(lines, examples, strict=False)):
-        raise ValueError(f"{path} is of a run with other options; choose another output_dir")
-    with path.open("a", encoding="utf-8") as file:
-        for example in tqdm(examples[len(lines) :], desc="Token choice", unit="example"):
-            completions = [torch.tensor([completion]) for completion in example.completions]
-            scores = score(example, choices.logits(torch.tensor([example.prompt]), completions))
-            lines.append({"task": example.task, "prompt_tokens": len(example.prompt), "scores": scores})
-            file.write(json.dumps(lines[-1]) + "\n")
-            file.flush()
+    kept, lines = RowFile(Path(args.output_dir) / "token_choice.jsonl"), []
+    for example in tqdm(examples, desc="Token choice", unit="example"):
+        settings = {**choices.settings, "task": example.task, "example": example.digest}
+        scores = kept.get_or_make(settings, lambda example=example: choices.scores(example))
+        lines.append({"task": example.task, "scores": scores})
     print(table(summary(lines)).to_text(), "\n")
     print(table(summary(lines, depth=True)).to_text(), "\n")
     print(json.dumps(summary(lines)))

@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_text import write_rows
+from trl import TrlParser
 
 from hf_pdprune.plan import KVPlan, PruningPlan
 
@@ -16,25 +18,57 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, timeout=250)
 
 
-def test_from_plan_to_table(tiny_llama, tiny_tokenizer, tmp_path):
+@pytest.fixture
+def recipe(load_recipe):
+    return load_recipe("token_choice")
+
+
+@pytest.fixture
+def options(tiny_llama, tiny_tokenizer, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    PruningPlan.empty(tiny_llama, "tiny", kv=KVPlan((0, 2, 3, 5), 4, 12)).save_pretrained(tmp_path / "plan")
-    text = tmp_path / "text.jsonl"
-    text.write_text(
-        "".join(json.dumps({"text": f"Line {i} of a text that is long enough. " * 4}) + "\n" for i in range(20))
-    )
-    asked = tmp_path / "yes.jsonl"
-    asked.write_text('{"question": "Is it so?", "choices": ["yes", "no"], "answer": 1}\n' * 4)
-    options = ["--plan", tmp_path / "plan", "--model", tmp_path / "model", "--output_dir", tmp_path / "out"]
-    options += ["--text", text, "--questions", asked, "--num_texts", 2, "--num_questions", 1, "--shots", 2]
-    options += ["--prompt_tokens", 60, "--completion_tokens", 8, "--retrieval_tokens", 150, "--repeats", 1]
-    options += ["--depths", 0, 0.5, "--quantizations", "int4"]
-    done = run(*options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    means = json.loads(done.stdout.splitlines()[-1])
-    assert list(means) == ["text", "needle", "pairs", "yes"]
-    for by_name in means.values():
+    for last_tokens in (12, 8):
+        plan = PruningPlan.empty(tiny_llama, "tiny", kv=KVPlan((0, 2, 3, 5), 4, last_tokens))
+        plan.save_pretrained(tmp_path / f"plan-{last_tokens}")
+    rows = [{"text": f"Line {i} of a text that is long enough. " * 4} for i in range(20)]
+    write_rows(tmp_path / "text.jsonl", rows)
+    write_rows(tmp_path / "yes.jsonl", [{"question": "Is it so?", "choices": ["yes", "no"], "answer": 1}] * 4)
+    return {
+        "plan": tmp_path / "plan-12",
+        "model": tmp_path / "model",
+        "output_dir": tmp_path / "out",
+        "text": tmp_path / "text.jsonl",
+        "questions": tmp_path / "yes.jsonl",
+        "num_texts": 2,
+        "num_questions": 1,
+        "shots": 2,
+        "prompt_tokens": 60,
+        "completion_tokens": 8,
+        "retrieval_tokens": 150,
+        "repeats": 1,
+        "depths": [0, 0.5],
+        "quantizations": "int4",
+    }
+
+
+@pytest.fixture
+def means(recipe, options, capsys):
+    """Factory: the means of a run of the recipe in this process, with some options changed."""
+
+    def run_recipe(**changes):
+        arguments = []
+        for name, value in {**options, **changes}.items():
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        recipe.main(*TrlParser(recipe.TokenChoiceArguments).parse_args_and_config(arguments))
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return run_recipe
+
+
+def test_from_plan_to_table(means, tmp_path):
+    found = means()
+    assert list(found) == ["text", "needle", "pairs", "yes"]
+    for by_name in found.values():
         assert abs(by_name["dense"]["kl"]) < 1e-6
         assert by_name["all tokens"]["kl"] < 1e-4  # nothing is removed
         others = ["attention, our blocks", "first + last, our blocks", "first + last, all blocks"]
@@ -44,16 +78,38 @@ def test_from_plan_to_table(tiny_llama, tiny_tokenizer, tmp_path):
         kl = [by_name[name]["kl"] for name in others]
         assert min(kl) > by_name["all tokens"]["kl"]
         assert len(set(kl)) == len(kl)
-    lines = (tmp_path / "out" / "token_choice.jsonl").read_text().splitlines()
-    assert len(lines) == 2 + 2 * 2 + 1
+    assert len((tmp_path / "out" / "token_choice.jsonl").read_text().splitlines()) == 2 + 2 * 2 + 1
 
-    # The second run has nothing left to do; one with other options does not mix its results with these.
-    again = run(*options)
-    assert again.stdout == done.stdout
-    other = run(*options, "--num_texts", 0)
-    assert other.returncode == 1
-    assert "other options" in other.stderr
-    assert len((tmp_path / "out" / "token_choice.jsonl").read_text().splitlines()) == len(lines)
+
+def test_a_run_with_other_options_in_the_same_folder_has_its_own_numbers(means, recipe, tiny_model, tmp_path):
+    first = means(repeats=0, num_questions=0)
+    tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
+    recipe.AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "other")
+    write_rows(
+        tmp_path / "other.jsonl", [{"text": f"{i} is what another text says on its line. " * 4} for i in range(20)]
+    )
+    for changes in (
+        {"plan": tmp_path / "plan-8"},
+        {"model": tmp_path / "other"},
+        {"seed": 3},
+        {"prompt_tokens": 52},
+        {"text": tmp_path / "other.jsonl"},
+    ):
+        other = means(repeats=0, num_questions=0, **changes)["text"]
+        name = "first + last, random blocks" if "seed" in changes else "first + last, our blocks"
+        assert other[name]["kl"] != first["text"][name]["kl"], changes
+    assert means(repeats=0, num_questions=0) == first
+    assert list(means(num_texts=0, repeats=0)) == ["yes"]
+
+
+def test_an_interrupted_run_goes_on(means, recipe, tmp_path, monkeypatch):
+    first = means(repeats=0)
+    path = tmp_path / "out" / "token_choice.jsonl"
+    path.write_bytes(path.read_bytes()[:-9])  # as a kill leaves it
+    made, score = [], recipe.score
+    monkeypatch.setattr(recipe, "score", lambda example, logits: made.append(example.task) or score(example, logits))
+    assert means(repeats=0) == first and made == ["yes"]
+    assert means(repeats=0) == first and made == ["yes"]
 
 
 @pytest.mark.parametrize(
