@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 ROWS_FILE_NAME = "evaluation.jsonl"
 PLACES = ("stages", "dense", "data_folder", "output_dir")
+# What a run leaves in results.json, as a whole. The environment stays: kept results come from where they were made.
+PARTS = ("tasks", "tasks_skipped", "tasks_mean", "overlap", "quality_of_stages", "quality_of_stages_all_tokens")
 
 
 @dataclass
@@ -276,7 +278,7 @@ def main(args: EvaluateArguments) -> None:
         parts["evaluation_environment"] = describe_environment(models.dense.prefill.model)
     if folder != Path(args.stages):
         models.plan.save_pretrained(folder)
-    write_results(folder, parts)
+    write_results(folder, parts, replaced=PARTS)
     record_command(folder, "evaluate", command_line("recipes/evaluate.py", args, folders=PLACES))
     write_report(folder)
     if compared:

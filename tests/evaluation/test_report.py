@@ -94,6 +94,8 @@ def test_results_are_read_as_written_and_parts_are_kept(tmp_path):
     write_results(tmp_path, {"quality": RESULTS["quality"], "speed": {"ttft_ratio": 1.0}})
     write_results(tmp_path, {"speed": RESULTS["speed"]})
     assert read_results(tmp_path) == {"quality": RESULTS["quality"], "speed": RESULTS["speed"]}
+    write_results(tmp_path, {"kv": RESULTS["kv"]}, replaced=["kv", "speed"])
+    assert read_results(tmp_path) == {"quality": RESULTS["quality"], "kv": RESULTS["kv"]}
     before = (tmp_path / "results.json").read_bytes()
     with pytest.raises(ValueError, match="NaN or infinite"):
         write_results(tmp_path, {"kv": {"ratio": math.nan}})

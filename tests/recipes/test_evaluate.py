@@ -8,7 +8,7 @@ import yaml
 from made_text import text, write_rows
 from trl import TrlParser
 
-from hf_pdprune.evaluation import read_results
+from hf_pdprune.evaluation import read_results, write_results
 from hf_pdprune.hub import export_stages
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
@@ -94,6 +94,19 @@ def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options,
     assert len(evaluated) == 5  # all is there
     run(recipe, options, limit=2)
     assert len(evaluated) == 9 and read_results(folder)["tasks"]["piqa"]["rows"] == 2
+
+
+def test_a_report_has_the_parts_of_the_last_command_alone(recipe, options):
+    write_results(options["stages"], {"handover": {"nbytes": 7}})
+    run(recipe, options, tasks="piqa", limit=2)
+    results = read_results(options["stages"])
+    assert results["tasks_mean"]["tasks"] == 1 and "quality_of_stages" in results
+    write_rows(options["data_folder"] / "wikitext2.validation.jsonl", [{"text": f" = A = \n\n{text(3, 30)}"}])
+    run(recipe, options, tasks="wikitext2", text_dataset="none")
+    results = read_results(options["stages"])
+    assert set(results["tasks"]) == {"wikitext2"}
+    assert not {"tasks_mean", "quality_of_stages", "quality_of_stages_all_tokens"} & set(results)
+    assert results["handover"] == {"nbytes": 7} and "evaluation_environment" in results
 
 
 def test_data_that_were_seen_are_refused(recipe, options, tmp_path):

@@ -1,7 +1,7 @@
 """results.json: what was measured of a pair of stages."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from ..artefact_file import read_json, write_artefact
 RESULTS_FILE_NAME = "results.json"
 
 
-def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path:
+def write_results(folder: str | os.PathLike, results: Mapping[str, Any], replaced: Collection[str] = ()) -> Path:
     """
     Writes `results.json` into a folder, as a whole or not at all, and keeps parts that it holds already.
 
@@ -19,12 +19,15 @@ def write_results(folder: str | os.PathLike, results: Mapping[str, Any]) -> Path
         folder (`str`): Where the artefacts of a run are.
         results (`Mapping`): Parts by name: `quality` and `quality_all_tokens` (see [`compare_quality`]), `speed` and
             `kv` (see [`SpeedBenchmark`]), and what else a recipe measures.
+        replaced (`Collection[str]`): Parts that do not stay where `results` has none of that name: those that the
+            recipe makes sometimes, which would otherwise stand beside results that they do not belong to.
 
     Raises:
         `ValueError`: If a number is not finite, which JSON cannot hold; or if what is there is not valid.
     """
     path = Path(folder) / RESULTS_FILE_NAME
-    merged = {**(read_results(folder) if path.is_file() else {}), **results}
+    there = read_results(folder) if path.is_file() else {}
+    merged = {**{name: part for name, part in there.items() if name not in replaced}, **results}
     try:
         return write_artefact(path, merged)
     except ValueError as error:
