@@ -128,7 +128,10 @@ class Study:
         self.rows = RowFile(Path(args.output_dir) / ROWS_FILE_NAME)
         self.variants = AblationVariants(self.plan)
         self.evaluation = TaskEvaluation(args.tasks, args.data_folder) if args.tasks else None
-        self.tasks = [] if self.evaluation is None else [t for t in args.tasks if t not in self.evaluation.missing()]
+        self.tasks = []
+        if self.evaluation is not None:
+            missing = self.evaluation.missing()
+            self.tasks = [task for task in self.evaluation.tasks if task not in missing]
 
         self.measured_by = {
             "plan_of_study": self.plan.digest,

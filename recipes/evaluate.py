@@ -238,7 +238,7 @@ def main(args: EvaluateArguments) -> None:
     skipped = evaluation.missing()
     for task, reason in skipped.items():
         logger.warning("task %s is left out: %s", task, reason)
-    tasks = [task for task in args.tasks if task not in skipped]
+    tasks = [task for task in evaluation.tasks if task not in skipped]
     overlap = check_overlap(args, evaluation, tasks)
 
     rows = RowFile(folder / ROWS_FILE_NAME, write=state.is_main_process)

@@ -1,8 +1,10 @@
 import json
 
 import pytest
+from lm_eval.tasks import TaskManager
 
 from hf_pdprune.inference import DecodeStage, PrefillStage
+from hf_pdprune.integrations import task_evaluation
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.local_tasks.local_data import (
     load_local_data,
@@ -78,6 +80,41 @@ def test_names_without_a_folder_are_lm_evals_own():
     assert evaluation.file_of("piqa") is None and evaluation.missing() == {}
     with pytest.raises(ValueError, match="unknown task 'piqaa'; on local data there are .*winogrande"):
         TaskEvaluation(["piqaa"])
+
+
+@pytest.fixture
+def lm_evals_own(tmp_path, monkeypatch):
+    """Few tasks in place of the thousands of lm-eval, whose names alone take a minute to read."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    rows = "custom_dataset: !function hf_pdprune.integrations.local_tasks.local_data.load_local_data\n"
+    rows += "output_type: multiple_choice\ntest_split: evaluation\ndoc_to_text: question\ndoc_to_target: answer\n"
+    rows += "doc_to_choice: choices\ndataset_kwargs:\n  file: piqa\n"
+    for name in ("one", "two", "piqa"):
+        (folder / f"{name}.yaml").write_text(f"task: {name}\ntag: [some]\n{rows}")
+    mean = "aggregate_metric_list:\n  - metric: acc\n    weight_by_size: true\n"
+    (folder / "mean.yaml").write_text(f"group: with_mean\ntask: [one, two]\n{mean}")
+    (folder / "none.yaml").write_text("group: without_mean\ntask:\n  - with_mean\n  - task: one\n")
+
+    def manager(include_path, include_defaults, metadata):
+        own = [str(folder)] if include_defaults else []
+        return TaskManager(include_path=[include_path, *own], include_defaults=False, metadata=metadata)
+
+    monkeypatch.setattr(task_evaluation, "TaskManager", manager)
+
+
+def test_a_tag_is_its_tasks_and_a_group_needs_a_result(lm, folder, lm_evals_own, monkeypatch):
+    monkeypatch.setenv("HF_PDPRUNE_DATA", str(folder))
+    assert TaskEvaluation(["some"]).tasks == ["one", "piqa", "two"]
+    assert TaskEvaluation(["two", "some"]).tasks == ["two", "one", "piqa"]
+    evaluation = TaskEvaluation(["some", "with_mean"], folder)
+    assert evaluation.tasks == ["one", "piqa", "two", "with_mean"]
+    assert evaluation.file_of("one") is None and evaluation.file_of("piqa") == folder / "piqa.validation.jsonl"
+    found = [evaluation.run(lm, task, limit=3) for task in evaluation.tasks]
+    assert [result["rows"] for result in found] == [3, 3, 3, 6]
+    assert all(set(result["metrics"]) >= {"acc"} for result in found)
+    with pytest.raises(ValueError, match="'without_mean' has no result of its own; name those of with_mean, one"):
+        TaskEvaluation(["without_mean"])
 
 
 def test_bad_input_is_named(folder, monkeypatch):

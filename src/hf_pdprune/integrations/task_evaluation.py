@@ -25,7 +25,8 @@ _SEED = 1234
 class TaskEvaluation:
     """
     Tasks by the names that people use (`piqa`, `mmlu`, `gsm8k`, ...). With a folder, those for which the library has
-    a task file read their rows from there, and need no network; all others are lm-eval's own, from the Hub.
+    a task file read their rows from there, and need no network; all others are lm-eval's own, from the Hub. A tag of
+    lm-eval's (`glue`, `ai2_arc`) stands for its tasks, since it has no result of its own.
 
     Args:
         tasks (`Sequence[str]`): Names.
@@ -33,9 +34,12 @@ class TaskEvaluation:
         data_split (`str`, defaults to `"validation"`): Which part is evaluated.
         num_fewshot (`int`, *optional*): Worked examples before each question. Default: as each task says.
 
+    Attributes:
+        tasks (`list[str]`): The names, tags replaced by those of their tasks.
+
     Raises:
         `FileNotFoundError`: If the folder is missing.
-        `ValueError`: If a task is unknown or named twice.
+        `ValueError`: If a task is unknown, named twice, or a group of tasks that has no result of its own.
     """
 
     def __init__(
@@ -45,31 +49,41 @@ class TaskEvaluation:
         data_split: str = "validation",
         num_fewshot: int | None = None,
     ):
-        self.tasks = list(tasks)
         self.data_folder = None if data_folder is None else Path(data_folder)
         self.data_split = data_split
         self.num_fewshot = num_fewshot
         if self.data_folder is not None and not self.data_folder.is_dir():
             raise FileNotFoundError(f"data_folder: no folder {data_folder}")
-        twice = [name for name in self.tasks if self.tasks.count(name) > 1]
+        twice = [name for name in tasks if list(tasks).count(name) > 1]
         if twice:
             raise ValueError(f"tasks: {twice[0]!r} is named twice")
-        local = {path.stem for path in LOCAL_TASKS_FOLDER.glob(f"{LOCAL_PREFIX}*.yaml")}
-        self._names = {
-            name: LOCAL_PREFIX + name if self.data_folder and LOCAL_PREFIX + name in local else name
-            for name in self.tasks
-        }
-        from_hub = [name for name in self.tasks if self._names[name] == name]
+        known = {path.stem.removeprefix(LOCAL_PREFIX) for path in LOCAL_TASKS_FOLDER.glob(f"{LOCAL_PREFIX}*.yaml")}
+        local = known if self.data_folder else set()
         metadata = {"data_folder": str(self.data_folder), "data_split": data_split}
         # Reading the names of all of lm-eval's own tasks takes seconds.
         self._manager = TaskManager(
-            include_path=str(LOCAL_TASKS_FOLDER), include_defaults=bool(from_hub), metadata=metadata
+            include_path=str(LOCAL_TASKS_FOLDER), include_defaults=not local.issuperset(tasks), metadata=metadata
         )
-        for name in from_hub:
-            if name not in self._manager.all_tasks:
-                known = ", ".join(sorted(name.removeprefix(LOCAL_PREFIX) for name in local))
-                raise ValueError(f"tasks: unknown task {name!r}; on local data there are {known}")
+        for name in tasks:
+            if name not in local and name not in self._manager.all_tasks:
+                raise ValueError(f"tasks: unknown task {name!r}; on local data there are {', '.join(sorted(known))}")
+        # A task may be there both by its name and by a tag.
+        parts = ([name] if name in local else self._parts_of(name) for name in tasks)
+        self.tasks = list(dict.fromkeys(part for names in parts for part in names))
+        self._names = {name: LOCAL_PREFIX + name if name in local else name for name in self.tasks}
         self._loaded: dict[str, dict[str, Any]] = {}
+
+    def _parts_of(self, name: str) -> list[str]:
+        """The tasks, or groups with a result of their own, that a name of lm-eval's stands for."""
+        entry = self._manager.task_index[name]
+        if name in self._manager.all_tags:
+            return sorted(entry.tags)
+        if name in self._manager.all_groups and not entry.cfg.get("aggregate_metric_list"):
+            members = (
+                part if isinstance(part, str) else part.get("group", part.get("task")) for part in entry.cfg["task"]
+            )
+            raise ValueError(f"tasks: {name!r} has no result of its own; name those of {', '.join(members)}")
+        return [name]
 
     def file_of(self, task: str) -> Path | None:
         """The file from which a task reads its rows; `None` for one from the Hub."""
