@@ -4,7 +4,15 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from hf_pdprune.hub import export_stages, load_stages
-from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes, receive_payload, send_payload
+from hf_pdprune.inference import (
+    DecodeStage,
+    PrefillStage,
+    choose_backend,
+    handover_between_processes,
+    nccl_gpus,
+    receive_payload,
+    send_payload,
+)
 from hf_pdprune.kv import PayloadError
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
@@ -45,6 +53,7 @@ def test_two_processes_equal_one(tiny_llama, tiny_tokenizer, tmp_path):
     assert (result["nbytes"], result["nbytes_dense"]) == (nbytes, nbytes_dense)
     assert result["ratio"] == pytest.approx(nbytes_dense / nbytes)
     assert set(result["seconds"]) == {"prefill", "transfer", "decode"}
+    assert result["backend"] == choose_backend(0, nccl_gpus())[0]
 
 
 def test_both_processes_load_a_unified_model(tiny_llama, tiny_tokenizer, tmp_path):
@@ -134,3 +143,28 @@ def test_stage_of_wrong_kind_is_refused(tiny_llama, tmp_path):
     prefill, _ = load_stages(tmp_path)
     with pytest.raises(ValueError, match="is a prefill stage, not a decode stage"):
         DecodeStage(prefill.model, prefill.plan)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_sent_goes_by_the_device(monkeypatch, rank):
+    """The backend takes and gives tensors of the device that it is for; `meta` stands for a GPU."""
+    devices = []
+    monkeypatch.setattr(dist, "send", lambda tensor, dst, group=None: devices.append(tensor.device.type))
+    monkeypatch.setattr(dist, "recv", lambda tensor, src, group=None: devices.append(tensor.device.type))
+    if rank == 0:
+        send_payload(_payload(), 1, device="meta")
+    else:
+        with pytest.raises(RuntimeError, match="meta"):  # which has no numbers to give
+            receive_payload(0, device="meta")
+    assert set(devices) == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(nccl_gpus() < 2, reason="needs two GPUs")
+def test_two_gpus_hand_over_by_nccl(tiny_llama, tiny_tokenizer, tmp_path):
+    export_stages(tiny_llama, PruningPlan.empty(tiny_llama, "tiny"), tmp_path, tokenizer=tiny_tokenizer)
+    result = handover_between_processes(tmp_path, PROMPTS, 10)
+    assert result["backend"] == "nccl"
+    inputs = tiny_tokenizer(PROMPTS, return_tensors="pt", padding=True).to(0)
+    expected = tiny_llama.to(0).generate(**inputs, max_new_tokens=10, do_sample=False)
+    assert result["sequences"] == expected.tolist()

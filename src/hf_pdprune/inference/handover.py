@@ -20,6 +20,7 @@ from ..pair_layout import stage_folders
 from ..plan import PruningPlan
 from ..weight_files import check_weight_index
 from .decode_stage import DecodeStage
+from .handover_group import init_handover_group
 from .link import MOST_BYTES
 from .prefill_stage import PrefillStage
 
@@ -96,8 +97,9 @@ def handover_between_processes(
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
-    Generates text with prefill in one process of its own and decode in another one, and a socket on this machine
-    between them: each loads its stage checkpoint alone. Greedy, unless `generate_kwargs` say otherwise.
+    Generates text with prefill in one process of its own and decode in another one on this machine: each loads its
+    stage checkpoint alone. Where there are two GPUs each has one of them, and the KV entries go over NCCL; else both
+    run on the CPU, with a socket between them. Greedy, unless `generate_kwargs` say otherwise.
 
     A script that calls it needs the usual `if __name__ == "__main__":`, since both processes import it.
 
@@ -110,8 +112,9 @@ def handover_between_processes(
 
     Returns:
         `dict[str, Any]`: `text` (what is generated, per prompt), `sequences` (token ids, prompts included, padded),
-        `prompt_tokens` (length of the padded prompts), `nbytes` (bytes that crossed the socket), `nbytes_dense` (what
-        the dense model's KV entries take), `ratio`, and the seconds that `prefill`, `transfer` and `decode` took.
+        `prompt_tokens` (length of the padded prompts), `nbytes` (bytes that were sent), `nbytes_dense` (what the
+        dense model's KV entries take), `ratio`, `backend` (`"nccl"` or `"gloo"`), and the seconds that `prefill`,
+        `transfer` and `decode` took.
 
     Raises:
         `FileNotFoundError`: If a stage is not there.
@@ -148,44 +151,62 @@ def _run_stage(rank: int, port: int, job: str) -> None:
     torch.set_num_threads(job["num_threads"])
     _use_loopback()
     store = dist.TCPStore(_LOCALHOST, port, is_master=False, timeout=_TIMEOUT)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=_TIMEOUT)
+    device = init_handover_group(rank, store=store, timeout=_TIMEOUT)
     stage_class = (PrefillStage, DecodeStage)[rank]
     try:
         folder = job["folders"][stage_class.name]
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True).eval().to(device)
         stage, tokenizer = stage_class(model, PruningPlan.from_pretrained(folder)), load_tokenizer(folder)
         dist.barrier()  # so that the transfer is not charged with the time that loading takes
         if rank == PREFILL_RANK:
-            _prefill(stage, tokenizer, job)
+            _prefill(stage, tokenizer, job, device)
         else:
-            store.set("result", json.dumps(_decode(stage, tokenizer, job)))
+            store.set("result", json.dumps(_decode(stage, tokenizer, job, device)))
     except Exception as error:
         # The first error is the one to tell: when a process ends, the other one fails too, for lack of its partner.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         store.compare_set("error", "", f"the {stage_class.name} process failed: {reason}")
         raise
-    finally:
-        dist.destroy_process_group()
 
 
-def _prefill(stage: PrefillStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any]) -> None:
-    batch = tokenizer(job["prompts"], return_tensors="pt", padding=True)
+def _leave_group() -> None:
+    """
+    Ends the connection when the payload has arrived: NCCL sends in the background, and both processes are needed to
+    take it down, so this is not done after an error. Nor later: how long decode generates, nobody has to wait for.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _prefill(
+    stage: PrefillStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any], device: torch.device
+) -> None:
+    batch = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(device)
     start = time.perf_counter()
     payload = stage(batch["input_ids"], batch["attention_mask"], **job["generate_kwargs"])
+    if device.type != "cpu":
+        torch.cuda.synchronize(device)  # what is still computed belongs to prefill, not to the transfer
     seconds = time.perf_counter() - start
-    dist.send(torch.tensor([seconds], dtype=torch.float64), DECODE_RANK)
-    send_payload(payload, DECODE_RANK)
+    dist.send(torch.tensor([seconds], dtype=torch.float64, device=device), DECODE_RANK)
+    send_payload(payload, DECODE_RANK, device=device)
+    _leave_group()
 
 
-def _decode(stage: DecodeStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any]) -> dict[str, Any]:
-    prefill_seconds = torch.zeros(1, dtype=torch.float64)
+def _decode(
+    stage: DecodeStage, tokenizer: PreTrainedTokenizerBase, job: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    prefill_seconds = torch.zeros(1, dtype=torch.float64, device=device)
     dist.recv(prefill_seconds, PREFILL_RANK)
+    seconds = {"prefill": prefill_seconds.item()}
     start = time.perf_counter()
-    payload = receive_payload(PREFILL_RANK)
-    transferred = time.perf_counter()
+    payload = receive_payload(PREFILL_RANK, device=device)
+    seconds["transfer"] = time.perf_counter() - start
+    backend = dist.get_backend()
+    _leave_group()
     nbytes, nbytes_dense, prompt_tokens = payload.nbytes, payload.nbytes_dense, payload.prompt_tokens
-    sequences = stage.generate(payload, **job["generate_kwargs"])
-    end = time.perf_counter()
+    start = time.perf_counter()
+    sequences = stage.generate(payload, **job["generate_kwargs"]).cpu()
+    seconds["decode"] = time.perf_counter() - start
     return {
         "text": tokenizer.batch_decode(sequences[:, prompt_tokens:], skip_special_tokens=True),
         "sequences": sequences.tolist(),
@@ -193,7 +214,8 @@ def _decode(stage: DecodeStage, tokenizer: PreTrainedTokenizerBase, job: dict[st
         "nbytes": nbytes,
         "nbytes_dense": nbytes_dense,
         "ratio": nbytes_dense / nbytes,
-        "seconds": {"prefill": prefill_seconds.item(), "transfer": transferred - start, "decode": end - transferred},
+        "backend": backend,
+        "seconds": seconds,
     }
 
 
