@@ -34,7 +34,7 @@ def tiny_model():
 
     def make(architecture, num_hidden_layers=6, seed=0, **config_values):
         values = COMMON | ARCHITECTURES[architecture] | {"num_hidden_layers": num_hidden_layers} | config_values
-        config = AutoConfig.for_model(architecture, **values)
+        config = AutoConfig.for_model(values.pop("model_type", architecture), **values)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -21,6 +21,7 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "tie_
 ARCHITECTURES = {
     "llama": LLAMA_LIKE,
     "mistral": LLAMA_LIKE | {"sliding_window": 8, "head_dim": 16},
+    "mistral, no window": LLAMA_LIKE | {"model_type": "mistral", "sliding_window": None, "head_dim": 16},
     "qwen2": LLAMA_LIKE,
     "qwen3": LLAMA_LIKE | {"head_dim": 16},
     "gemma2": LLAMA_LIKE | GEMMA,

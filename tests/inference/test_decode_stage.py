@@ -7,7 +7,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_pdprune.inference import DecodeStage, PrefillStage
-from hf_pdprune.kv import KVPayload, PayloadError
+from hf_pdprune.kv import KVPayload, PayloadError, TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -252,6 +252,31 @@ class TestExportedPair:
             assert payload.to_bytes() == wire
         for block, pair in payload.entries.items():
             assert all(torch.equal(a, b) for a, b in zip(pair, sent.entries[block], strict=True))
+
+
+class TestPlacement:
+    """Entries go, block by block, to where the model is, in what it computes in."""
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+    def test_stages_of_different_dtypes(self, tiny_model, plan, prompts, dtypes):
+        models = [tiny_model("llama").to(dtype) for dtype in dtypes]
+        for stage_model in models:
+            stage_model.generation_config.eos_token_id = None
+        prefill, decode = PrefillStage(models[0], plan), DecodeStage(models[1], plan, fingerprint=None)
+        decode.fingerprint = prefill.fingerprint
+        payload = KVPayload.from_bytes(prefill(*prompts, do_sample=False).to_bytes())
+        assert next(iter(payload.entries.values()))[0].dtype == dtypes[0]
+        with TokenAwareCache.from_payload(payload, plan, models[1]) as cache:
+            assert {states.dtype for layer in cache.layers for states in (layer.keys, layer.values)} == {dtypes[1]}
+        assert decode.generate(payload, max_new_tokens=5, do_sample=False).shape == (4, 16 + 5)
+
+    @pytest.mark.parametrize("quantization", [None, "int8", "int4", "fp8"])
+    def test_entries_are_moved_and_the_payload_stays(self, model, plan, prompts, quantization):
+        payload = PrefillStage(model, plan, quantization=quantization)(*prompts)
+        with TokenAwareCache.from_payload(payload, plan, model.to("meta")) as cache:
+            devices = {states.device.type for layer in cache.layers for states in (layer.keys, layer.values)}
+        assert devices == {"meta"}
+        assert {keys.to("cpu").nbytes > 0 for keys, _ in payload.entries.values()} == {True}
 
 
 class TestForeignPayloads:

@@ -198,6 +198,12 @@ class TestDamage:
             with pytest.raises(PayloadError):
                 KVPayload.from_bytes(bytes(damaged))
 
+    def test_every_missing_byte(self):
+        data = make_payload(rows=1, tokens=2, blocks=(0,), heads=1, head_dim=2).to_bytes()
+        for position in range(len(data)):
+            with pytest.raises(PayloadError):
+                KVPayload.from_bytes(data[:position] + data[position + 1 :])
+
     @settings(deadline=None, max_examples=200)
     @given(st.data())
     def test_any_changed_bytes(self, draw):

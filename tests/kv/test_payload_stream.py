@@ -108,3 +108,16 @@ def test_each_block_is_sent_when_it_is_done(tiny_llama):
         assert read(frames).to_bytes() == sent.to_bytes() == stage(prompt, do_sample=False).to_bytes()
     expected = ["block 0", "frame", "block 1", "frame", "block 2", "block 3", "frame", "block 4", "frame"]
     assert events[:12] == [*expected, "block 5", "frame", "frame"]
+
+
+@pytest.mark.parametrize("token_choice", ["first_last", "attention"])
+def test_a_prompt_that_is_read_in_chunks_is_sent_once(tiny_llama, token_choice):
+    from hf_pdprune.inference import PrefillStage
+    from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+
+    kv = KVPlan((0, 3), 2, 4, token_choice=token_choice)
+    stage = PrefillStage(tiny_llama, PruningPlan.empty(tiny_llama, decode=StagePlan((2,)), kv=kv))
+    frames = []
+    sent = stage(torch.arange(3, 19)[None], do_sample=False, send=frames.append, prefill_chunk_size=5)
+    assert len(frames) == 5 + 1
+    assert read(frames).to_bytes() == sent.to_bytes()

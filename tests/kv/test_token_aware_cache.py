@@ -471,12 +471,23 @@ class TestMemory:
                 for states in (layer.keys, layer.values):
                     assert states.untyped_storage().nbytes() == 2 * 2 * 6 * 16 * 4
 
-    def test_sliding_window_blocks_are_left_as_they_are(self, tiny_model):
-        model = tiny_model("mistral")
-        cache = TokenAwareCache(PruningPlan.empty(model, kv=KVPlan(tuple(range(6)), 1, 1)), model)
-        assert [type(layer) for layer in cache.layers] == [
-            type(layer) for layer in DynamicCache(config=model.config).layers
-        ]
+    @pytest.mark.parametrize("architecture", ["mistral", "gemma3_text"])
+    @pytest.mark.parametrize("sizes", [[20], [9, 11]], ids=str)
+    def test_sliding_windows_hold_no_more_than_themselves(self, tiny_model, architecture, sizes):
+        model = tiny_model(architecture)
+        cache = TokenAwareCache(PruningPlan.empty(model, kv=KVPlan(tuple(range(6)), 1, 1)), model, prompt_tokens=20)
+        plain = DynamicCache(config=model.config)
+        prompts = random_prompts([20, 20])
+        assert torch.equal(*(cached_logits(model, held, *prompts, sizes) for held in (cache, plain)))
+        sliding = [number for number, is_sliding in enumerate(cache.is_sliding) if is_sliding]
+        assert sliding == [number for number, is_sliding in enumerate(plain.is_sliding) if is_sliding] != []
+        for number in sliding:
+            for name in ("keys", "values"):
+                held, expected = (getattr(which.layers[number], name) for which in (cache, plain))
+                assert torch.equal(held, expected)
+                assert held.untyped_storage().nbytes() == 2 * 2 * 7 * 16 * 4  # no prompt behind it
+        if architecture == "mistral":
+            assert cache.token_aware_layers == []
 
 
 class TestBypassedBlocks:
@@ -510,10 +521,46 @@ class TestBadInput:
         assert_same_states(before, states_of(cache))
 
     def test_new_prompt_without_reset(self, llama):
-        cache, *_ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 3]), 2)
-        input_ids, mask = random_prompts([10, 12])
-        with pytest.raises(ValueError):
-            llama.generate(input_ids=input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+        for lengths in ([10, 12], [24, 20], [24, 24]):  # shorter than what is held, longer, and not padded
+            cache, *_ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 3]), 2)
+            before = states_of(cache)
+            input_ids, mask = random_prompts(lengths)
+            settings = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
+            with pytest.raises(ValueError, match=r"for a new prompt, reset\(\) the cache"):
+                llama.generate(past_key_values=cache, **settings)
+            assert_same_states(before, states_of(cache))
+            cache.reset()
+            again = llama.generate(past_key_values=cache, **settings)
+            with TokenAwareCache(cache.plan, llama) as fresh:
+                assert torch.equal(again, llama.generate(past_key_values=fresh, **settings))
+
+    @pytest.mark.parametrize("num_hidden_layers", [6, 8])
+    def test_model_that_it_was_not_made_for(self, llama, tiny_model, num_hidden_layers):
+        # Its hooks are on the other model: this one would keep all tokens, and not say so.
+        other = tiny_model("llama", num_hidden_layers=num_hidden_layers)
+        prompts = dict(zip(("input_ids", "attention_mask"), random_prompts([16, 3]), strict=True))
+        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama) as cache:
+            with pytest.raises(ValueError, match="made for another model, or has been closed"):
+                other.generate(past_key_values=cache, max_new_tokens=2, **prompts)
+            llama(past_key_values=cache, **prompts)
+            with pytest.raises(ValueError, match="made for another model, or has been closed"):
+                other(input_ids=prompts["input_ids"][:, :1], past_key_values=cache)
+
+    def test_closed_cache(self, llama):
+        cache, *_ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 16]), 2)
+        before = states_of(cache)
+        cache.close()
+        with pytest.raises(ValueError, match="made for another model, or has been closed"):
+            llama(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        assert_same_states(before, states_of(cache))
+
+    def test_flash_attention_has_to_end_where_the_prompt_ends(self, llama):
+        # Attention itself does not run: the hooks find out before it.
+        llama.config._attn_implementation = "flash_attention_2"
+        input_ids, mask = random_prompts([20, 18])
+        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama, prompt_tokens=16) as cache:
+            with pytest.raises(ValueError, match="a forward has to end where the prompt ends"):
+                llama(input_ids=input_ids, attention_mask=mask, past_key_values=cache)
 
     def test_mask_of_four_dimensions(self, llama):
         input_ids, _ = random_prompts([16])

@@ -145,7 +145,7 @@ class SpeedBenchmark:
 
         # Time per output token
         tpot: dict[str, list[float]] = {"dense": [], "pruned": []}
-        payload = payload.to(self.decode.model.device)
+        payload = payload.prompt_to(self.decode.model.device)
         tokens = {"dense": first_token, "pruned": payload.first_token}
         # Columns of the prompts' ids so far: with strides of their own the first step would be compiled for itself.
         tokens = {name: ids.clone(memory_format=torch.contiguous_format) for name, ids in tokens.items()}

@@ -81,7 +81,7 @@ class ContinuationScorer:
             payload = self.prefill.forward(*self._padded(batch, self.prefill, "left"))
             first_log_probs = payload.first_logits.float().log_softmax(dim=-1)
             payload.check_model(self.decode.fingerprint)
-            payload = payload.to(self.decode.model.device)
+            payload = payload.prompt_to(self.decode.model.device)
             rows = [(row, index) for row, context in enumerate(batch) for index in continuations[context]]
             longer = [(row, index) for row, index in rows if len(requests[index][1]) > 1]
             for row, index in rows:

@@ -54,7 +54,7 @@ class DecodeStage(Stage):
         payload.check_model(self.fingerprint)
         if payload.first_token is None and payload.last_token is None:
             raise PayloadError("the payload has no first token: it was made for teacher forcing")
-        payload = payload.to(self.model.device)
+        payload = payload.prompt_to(self.model.device)
         if payload.first_token is None:
             return self._generate_all(payload, generate_kwargs)
         sequences = torch.cat([payload.prompt_ids, payload.first_token], dim=1)

@@ -128,7 +128,7 @@ class PrefillStage(Stage):
     def _streaming(
         self, cache: TokenAwareCache, send: Callable[[bytes], Any] | None
     ) -> Iterator[PayloadWriter | None]:
-        """Within this context every block's entries are sent as soon as the block has run; nothing without `send`."""
+        """Within this context `send` gets the entries of a block as soon as it has read all of the prompt."""
         if send is None:
             yield None
             return
@@ -139,7 +139,8 @@ class PrefillStage(Stage):
                 if number in numbers:
 
                     def send_block(*_: Any, number: int = number, index: int = index) -> None:
-                        writer.send_block(number, cache.layers[index].keys, cache.layers[index].values)
+                        if cache.prompt_is_complete:  # not before, where it is read in chunks
+                            writer.send_block(number, cache.layers[index].keys, cache.layers[index].values)
 
                     handle = get_blocks(self.model)[index].register_forward_hook(send_block)
                     hooks.callback(handle.remove)

@@ -121,11 +121,13 @@ class KVPayload:
         entries = {block: quantized_pair(*pair, kind) for block, pair in self.entries.items()}
         return replace(self, entries=entries, quantization=kind)
 
-    def entries_of(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a block (dense number)."""
+    def entries_of(self, block: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a block (dense number), on `device`: quantised ones get there as they were sent."""
         if block not in self.entries:
             raise PayloadError(f"the payload has no KV entries of block {block}, which decode runs")
         keys, values = self.entries[block]
+        if device is not None:
+            keys, values = keys.to(device), values.to(device)
         return (keys, values) if self.quantization is None else (keys.dequantize(), values.dequantize())
 
     def check_plan(self, plan: PruningPlan) -> None:
@@ -141,11 +143,13 @@ class KVPayload:
                 f"that decodes ({fingerprint[:8]})"
             )
 
-    def to(self, device: torch.device | str) -> "KVPayload":
-        """The payload with its tensors on `device`."""
+    def prompt_to(self, device: torch.device | str) -> "KVPayload":
+        """
+        The payload with its tokens and masks on `device`. Keys and values stay where they are: a cache that is made
+        from them moves them block by block, so that none is there twice.
+        """
         moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        entries = {block: (keys.to(device), values.to(device)) for block, (keys, values) in self.entries.items()}
-        return replace(self, entries=entries, **moved)
+        return replace(self, **moved)
 
     # The wire format: one safetensors file whose metadata says what it is
 

@@ -9,8 +9,9 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..blocks import check_attends_by_mask, check_takes_cache
+from ..blocks import check_attends_by_mask, check_takes_cache, get_blocks
 from ..plan import PruningPlan
+from .compact_sliding_layer import CompactSlidingLayer
 from .forward_hooks import ForwardHooks
 from .kv_payload import KVPayload
 from .prompt_window import PromptWindow
@@ -63,6 +64,8 @@ class TokenAwareCache(Cache):
         self.running_layers = tuple(index for index, block in enumerate(self.blocks) if block in running)
         self.prompt_tokens = prompt_tokens
         self.prompt_is_complete = False
+        self.prompt_mask: torch.Tensor | None = None  # its padding, shape (rows, prompt_tokens)
+        self.announced_tokens = 0  # length that the sequence has with the forward that the hooks saw begin
         self.repeats_sequence = False
         windows = plan.kv.windows
         for index in self.running_layers:
@@ -72,8 +75,9 @@ class TokenAwareCache(Cache):
                     f"{model.config.model_type} keeps the state of block {self.blocks[index]} in a {kind.__name__}, "
                     "not in KV entries of its own, one per token: there is nothing to select and hand over"
                 )
-            # A sliding window is bounded already: left as it is.
-            if kind is DynamicLayer:
+            if kind is DynamicSlidingWindowLayer:  # it is bounded already: nothing is selected from it
+                self.layers[index] = CompactSlidingLayer(self.layers[index].sliding_window)
+            else:
                 own = windows.get(self.blocks[index])
                 self.layers[index] = ReservedLayer() if own is None else TokenAwareLayer(*own, plan.kv.observed_tokens)
         check_takes_cache(model)
@@ -91,7 +95,7 @@ class TokenAwareCache(Cache):
     ) -> "TokenAwareCache":
         """
         The cache of the decode side of a hand-over: what the payload carries, at the original positions. Its tensors
-        are the payload's own.
+        are the payload's own where these have the device and dtype of the model; else they are moved block by block.
 
         Raises:
             `PayloadError`: If the payload is of another plan, or lacks a block that the model runs.
@@ -99,9 +103,14 @@ class TokenAwareCache(Cache):
         cache = cls(plan, model, prompt_tokens=payload.prompt_tokens, running_blocks=running_blocks)
         payload.check_plan(plan)
         cache.complete_prompt(payload.prompt_mask)
+        blocks = get_blocks(model)
         for index in cache.running_layers:
             layer = cache.layers[index]
-            keys, values = payload.entries_of(cache.blocks[index])
+            device = next((parameter.device for parameter in blocks[index].parameters()), model.device)
+            keys, values = payload.entries_of(cache.blocks[index], device)
+            # Where autocast is on, it says what attention computes in.
+            if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):
+                keys, values = keys.to(model.dtype), values.to(model.dtype)
             if isinstance(layer, TokenAwareLayer) and layer.window is not None:
                 expected = layer.window.kept_tokens
             elif isinstance(layer, DynamicSlidingWindowLayer):
@@ -142,8 +151,12 @@ class TokenAwareCache(Cache):
         if attention_mask is not None and attention_mask.shape != (rows, seen + new_tokens):
             raise ValueError(
                 f"the cache has seen {seen} tokens and this forward brings {new_tokens}: it needs the padding mask of "
-                f"all of them, of shape {(rows, seen + new_tokens)}, got {tuple(attention_mask.shape)}"
+                f"all of them, of shape {(rows, seen + new_tokens)}, got {tuple(attention_mask.shape)}; for a new "
+                "prompt, reset() the cache"
             )
+        if self.prompt_is_complete and new_tokens > 1:
+            self._check_same_prompt(attention_mask)
+        self.announced_tokens = seen + new_tokens
         if self.prompt_is_complete or seen + new_tokens < (self.prompt_tokens or 0):
             return
         if self.prompt_tokens is None:
@@ -154,6 +167,7 @@ class TokenAwareCache(Cache):
         """Fixes the windows of the prompt. `padding_mask` has the shape `(batch_size, at least prompt_tokens)`."""
         if padding_mask is not None:
             padding_mask = padding_mask[:, : self.prompt_tokens]
+        self.prompt_mask = padding_mask
         padded = self.plan.kv.observed_tokens > 0 and padding_mask is not None
         if padded and bool((padding_mask.bool().int().diff(dim=-1) < 0).any()):
             raise ValueError("tokens are chosen by attention of the prompt's end: prompts must be padded on the left")
@@ -164,6 +178,31 @@ class TokenAwareCache(Cache):
             if sizes not in windows:
                 windows[sizes] = PromptWindow.of_prompt(self.prompt_tokens, padding_mask, *sizes)
             layer.window = windows[sizes]
+
+    def _check_same_prompt(self, attention_mask: torch.Tensor | None) -> None:
+        """Raises a `ValueError` if the padding mask of another turn begins with that of another prompt."""
+        before, now = self.prompt_mask, attention_mask
+        if before is None and now is None:
+            return
+        some = before if now is None else now  # `generate` passes no mask where nothing is padded
+        before = torch.ones_like(some) if before is None else before.to(some.device)
+        now = torch.ones_like(some) if now is None else now
+        if not torch.equal(*(mask[:, : self.prompt_tokens].bool() for mask in (before, now))):
+            raise ValueError(
+                "the cache holds a prompt that is padded otherwise than this one: for a new prompt, reset() the cache"
+            )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A model without this cache's hooks would append to it, and neither drop tokens nor mask them.
+        held = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else self.announced_tokens
+        if self.announced_tokens < held + key_states.shape[-2]:
+            raise ValueError(
+                "this cache was made for another model, or has been closed: make one for the model that runs, "
+                "TokenAwareCache(plan, model)"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def token_aware_indices(self) -> list[int]:
@@ -223,6 +262,8 @@ class TokenAwareCache(Cache):
             layer.window = indexed.get(id(layer.window))
             if layer.attention is not None:
                 layer.attention = layer.attention[rows.to(layer.attention.device)]
+        if self.prompt_mask is not None:
+            self.prompt_mask = self.prompt_mask[rows.to(self.prompt_mask.device)]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -270,6 +311,7 @@ class TokenAwareCache(Cache):
         """Forgets everything, the length of the prompt too: the next forward reads a new one."""
         super().reset()
         self.prompt_tokens, self.prompt_is_complete, self.repeats_sequence = None, False, False
+        self.prompt_mask, self.announced_tokens = None, 0
 
     def __deepcopy__(self, memo: dict) -> "TokenAwareCache":
         # The hooks know their cache: a copy, with which another answer to the same prompt begins, needs its own.
