@@ -1,0 +1,98 @@
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_pdprune.plan import PruningPlan
+from hf_pdprune.trainer import DivergenceError
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_resumed_training_is_the_uninterrupted_one(tiny_model, make_trainer, tmp_path, losses, adapters_of, rounds):
+    options = {"max_steps": 6, "removal_rounds": rounds, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tiny_model("llama"), output_dir=tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tiny_model("llama"), output_dir=tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert losses(resumed)[-3:] == pytest.approx(losses(whole)[-3:], rel=1e-5)
+    expected, actual = adapters_of(whole), adapters_of(resumed)
+    assert expected.keys() == actual.keys()
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name])
+
+
+def test_a_finished_training_is_not_trained_further(tiny_model, make_trainer, tmp_path, adapters_of):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tiny_model("llama"), **options)
+    whole.train()
+    again = make_trainer(tiny_model("llama"), **options)
+    assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 3
+    expected, actual = adapters_of(whole), adapters_of(again)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def test_checkpoints_hold_adapters_and_plan_but_not_the_dense_weights(tiny_llama, make_trainer, plan, tmp_path):
+    trainer = make_trainer(tiny_llama, save_strategy="steps", save_steps=4)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-4"
+    assert PruningPlan.from_pretrained(checkpoint) == plan
+    assert (checkpoint / "prefill" / "adapter_model.safetensors").is_file()
+    assert (checkpoint / "decode" / "adapter_model.safetensors").is_file()
+    assert not list(checkpoint.glob("model*.safetensors"))
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == 4
+
+
+@pytest.mark.invariant
+@pytest.mark.parametrize("options", [{}, {"removal_fade_steps": 2}, {"search_in_rounds": True}])
+def test_resumed_in_the_middle_of_a_round_is_uninterrupted(
+    tiny_model, make_trainer, tmp_path, losses, adapters_of, options
+):
+    options = {
+        "max_steps": 8,
+        "removal_rounds": 2,
+        "removal_fraction": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 5,
+        "shuffle_dataset": True,
+        "local_distillation_tokens": 0,
+    } | options
+    whole = make_trainer(tiny_model("llama"), **options)
+    whole.train()
+    again = make_trainer(tiny_model("llama"), **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert losses(again)[5:] == pytest.approx(losses(whole)[5:], rel=1e-5)
+    assert again.plan == whole.plan and again.removal.is_complete
+    expected, actual = adapters_of(whole), adapters_of(again)
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
+
+
+def test_resume_takes_the_last_complete_checkpoint(tiny_model, make_trainer, tmp_path, losses):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    make_trainer(tiny_model("llama"), **options).train()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").unlink()  # as a kill leaves it
+    again = make_trainer(tiny_model("llama"), **options)
+    again.train(resume_from_checkpoint=True)
+    assert len(losses(again)) == 4 and (tmp_path / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+def test_checkpoint_whose_adapters_do_not_fit_is_refused(tiny_model, make_trainer, tmp_path):
+    make_trainer(tiny_model("llama"), save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tiny_model("llama"), output_dir=tmp_path / "other", lora_rank=5)
+    with pytest.raises(ValueError, match="not that of this model"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(tiny_llama, make_trainer):
+    class Poison(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(float("nan"))
+
+    trainer = make_trainer(tiny_llama, max_steps=6, save_strategy="steps", save_steps=2)
+    trainer.add_callback(Poison())
+    with pytest.raises(DivergenceError, match=r"step 4: the loss is nan; the last good checkpoint is .*checkpoint-2"):
+        trainer.train()

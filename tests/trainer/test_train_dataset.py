@@ -1,0 +1,82 @@
+import pytest
+import torch
+from datasets import Dataset
+
+
+def test_plain_text_and_prompt_completion_rows(tiny_model, make_trainer, losses):
+    text = Dataset.from_list([{"text": "the quick brown fox jumps over the lazy dog " * 3}] * 4)
+    pairs = Dataset.from_list([{"prompt": "the quick brown", "completion": " fox jumps"}] * 4)
+    for rows in (text, pairs):
+        trainer = make_trainer(tiny_model("llama"), train_dataset=rows, max_steps=1)
+        trainer.train()
+        assert losses(trainer)[0] > 0
+    packed = make_trainer(
+        tiny_model("llama"),
+        train_dataset=text,
+        packing=True,
+        packing_strategy="wrapped",
+        max_length=32,
+    )
+    assert {len(row["input_ids"]) for row in packed.train_dataset} <= {32} | set(range(2, 32))
+
+
+@pytest.mark.parametrize("max_length", [None, 100000])
+def test_rows_are_cut_to_the_context(tiny_model, make_trainer, max_length):
+    model = tiny_model("llama", max_position_embeddings=32)
+    rows = Dataset.from_list([{"input_ids": list(range(3, 80))}] * 2)
+    trainer = make_trainer(model, train_dataset=rows, max_length=max_length)
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [32, 32]
+
+
+def chat(n):
+    roles = [{"role": "user", "content": "hello there"}, {"role": "assistant", "content": f"answer {n}"}]
+    return {"messages": roles + [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "no more"}]}
+
+
+def test_messages_with_assistant_only_loss(tiny_llama, make_trainer, tiny_tokenizer, losses):
+    tiny_tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+        "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}"
+        "{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    )
+    data = Dataset.from_list([chat(n) for n in range(4)])
+    trainer = make_trainer(tiny_llama, train_dataset=data, assistant_only_loss=True, max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    said = tiny_tokenizer.decode(batch["completion_ids"][0][batch["labels"][0] != -100])
+    assert said.startswith("answer") and said.endswith("no more<|im_end|>") and "and?" not in said
+    assert "and?" in tiny_tokenizer.decode(batch["completion_ids"][0])
+    trainer.train()
+    assert losses(trainer)[0] > 0
+
+
+def test_streaming(tiny_llama, make_trainer, rows, losses):
+    trainer = make_trainer(tiny_llama, train_dataset=rows.to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([{"input_ids": [5, 6, 7]}], "has 1 row"),
+        ([{"input_ids": [5, 6], "labels": [-100, -100]}] * 3, "row 0 has no completion token"),
+    ],
+)
+def test_bad_data_is_an_error_before_training(tiny_llama, make_trainer, data, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tiny_llama, train_dataset=Dataset.from_list(data))
+
+
+def test_padding_changes_nothing(tiny_llama, make_trainer):
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        {
+            "input_ids": (ids := torch.randint(3, 240, (n,), generator=generator).tolist()),
+            "labels": [-100] * p + ids[p:],
+        }
+        for n, p in ((24, 16), (9, 2), (30, 29), (14, 12))
+    ]
+    trainer = make_trainer(tiny_llama, train_dataset=Dataset.from_list(data))
+    together = trainer.compute_loss(trainer.model, trainer.data_collator(data), num_items_in_batch=1)
+    alone = sum(trainer.compute_loss(trainer.model, trainer.data_collator([r]), num_items_in_batch=1) for r in data)
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
