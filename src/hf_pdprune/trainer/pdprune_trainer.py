@@ -269,7 +269,8 @@ class PDPruneTrainer(SFTTrainer):
         (already aligned).
         """
         inside = self.accelerator.unwrap_model(self.model)
-        output = call_inside(model, inside, self._distillation_step(), inputs, return_logits=return_outputs)
+        with self.accelerator.autocast():  # accelerate's own is within the forward in whose place the step runs
+            output = call_inside(model, inside, self._distillation_step(), inputs, return_logits=return_outputs)
         count = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
         loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
