@@ -5,7 +5,8 @@ of lm-eval, all through the hand-over as it is deployed.
     accelerate launch recipes/evaluate.py --config recipes/smollm2-135m/evaluate.yaml --stages outputs/demo
 
 With --data_folder tasks read JSON lines from there (<task>.<data_split>.jsonl) and need no network; a task without
-such a file is named and left out. Without it they are lm-eval's own, from the Hub. Several processes share requests.
+such a file is named and left out. Worked examples (--num_fewshot) are the first rows of <task>.calibration.jsonl.
+Without it tasks are lm-eval's own, from the Hub. Several processes share requests.
 
 Interrupt it wherever you like: evaluation.jsonl keeps every finished task, answers/ the answers to single requests,
 and the same command goes on from there. Prints a table; the last line on stdout is JSON. Into the folder go
@@ -77,7 +78,11 @@ class EvaluateArguments:
     data_split: str = field(default="validation", metadata={"help": "Part of the local data to evaluate on."})
     limit: int | None = field(default=None, metadata={"help": "Rows per task, from the first on. Default: all."})
     num_fewshot: int | None = field(
-        default=None, metadata={"help": "Worked examples before each question. Default: as each task says."}
+        default=None,
+        metadata={
+            "help": "Worked examples before each question, on local data from <task>.calibration.jsonl. Default: as "
+            "each task says."
+        },
     )
     text_dataset: str | None = field(
         default="pydoc-topics", metadata={"help": "Held-out text for perplexity and KL. none: leave them out."}
@@ -253,6 +258,9 @@ def main(args: EvaluateArguments) -> None:
                 "num_fewshot": args.num_fewshot,
                 "lm_eval": version("lm_eval"),
             }
+            shots = evaluation.shots_file_of(task)
+            if shots is not None:
+                settings["shots"] = file_digest(shots)
             key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
             cache = folder / "answers" / f"{key}.{task}"
             results[name][task] = get_or_make(

@@ -46,11 +46,13 @@ def write_data(folder):
     data["wikitext2"] = [
         {"text": f" = {text(i, 2)} = \n\n{text(i, 40)}" if i % 3 == 0 else text(i, 60)} for i in range(6)
     ]
-    data["gsm8k"] = [{"question": f"How many? {text(i, 4)}", "answer": f"{text(i, 3)}\n#### {i}"} for i in range(6)]
+    data["gsm8k"] = [
+        {"question": f"How many of {i}? {text(i, 4)}", "answer": f"{text(i, 3)}\n#### {i}"} for i in range(12)
+    ]
     for name, rows in data.items():
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.validation.jsonl").write_text(lines)
-        (folder / f"{name}.calibration.jsonl").write_text(lines)
+        # Worked examples are rows that are not evaluated; none but GSM8K needs any.
+        for part, its_rows in (("validation", rows[:6]), ("calibration", rows[6:] or rows)):
+            (folder / f"{name}.{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in its_rows))
     return sorted(data)
 
 

@@ -25,8 +25,8 @@ def folder(tmp_path):
     questions = [{"question": f"q{i}\nAnswer:", "choices": ["aa", "bb b"], "answer": i % 2} for i in range(5)]
     write_rows(tmp_path / "piqa.validation.jsonl", questions)
     write_rows(tmp_path / "boolq.heldout.jsonl", questions[:2])
-    problems = [{"question": f"{i} + {i}?", "answer": f"So\n#### {2 * i}"} for i in range(6)]
-    write_rows(tmp_path / "gsm8k.validation.jsonl", problems[:2])
+    problems = [{"question": f"{i} + {i}?", "answer": f"So\n#### {2 * i}"} for i in range(8)]
+    write_rows(tmp_path / "gsm8k.validation.jsonl", problems[6:])
     write_rows(tmp_path / "gsm8k.calibration.jsonl", problems)
     return tmp_path
 
@@ -58,6 +58,61 @@ def test_worked_examples_come_from_the_calibration_part(folder):
     assert prompt.count("Question:") == 6 and prompt.startswith("Question: 0 + 0?\nAnswer: So\n#### 0")
     fewer = TaskEvaluation(["gsm8k"], folder, num_fewshot=1)._load("gsm8k")["tasks"]["local_gsm8k"]
     assert fewer.get_config("num_fewshot") == 1
+
+
+def test_choice_tasks_take_worked_examples_that_are_not_evaluated(lm, folder):
+    texts = {name: f"{name}\nAnswer:" for name in ("Q1", "first", "second", "third")}
+    shots = [{"question": text, "choices": ["aa", "bb b"], "answer": 1} for text in texts.values()]
+    write_rows(folder / "piqa.calibration.jsonl", shots)  # the first of them is evaluated, too
+    evaluation = TaskEvaluation(["piqa"], folder, num_fewshot=2)
+    assert evaluation.shots_file_of("piqa") == folder / "piqa.calibration.jsonl"
+    task = evaluation._load("piqa")["tasks"]["local_piqa"]
+    task.build_all_requests(limit=2, rank=0, world_size=1)
+    before = "first\nAnswer: bb b\n\nsecond\nAnswer: bb b\n\n"
+    assert [request.args[0] for request in task.instances] == [f"{before}q{i}\nAnswer:" for i in (0, 0, 1, 1)]
+    assert evaluation.run(lm, "piqa", limit=2)["num_fewshot"] == 2
+    assert TaskEvaluation(["piqa"], folder).shots_file_of("piqa") is None
+
+
+def test_worked_examples_of_other_forms(folder, caplog):
+    sentences = [
+        {"question": f"{n} met Bea as _ was tall.", "choices": [n, "Bea"], "answer": 1} for n in ("Ann", "Eva")
+    ]
+    articles = [{"text": f" = {name} = \n\nIt is so"} for name in ("A", "B")]
+    for number, part in enumerate(("validation", "calibration")):
+        write_rows(folder / f"winogrande.{part}.jsonl", sentences[number : number + 1])
+        write_rows(folder / f"wikitext2.{part}.jsonl", articles[number : number + 1])
+        write_rows(folder / f"lambada.{part}.jsonl", [{"text": f"{number} and so on"}])
+    evaluation = TaskEvaluation(["winogrande", "lambada", "wikitext2"], folder, num_fewshot=1)
+    prompts = {}
+    for name in evaluation.tasks:
+        task = evaluation._load(name)["tasks"][f"local_{name}"]
+        task.build_all_requests(rank=0, world_size=1)
+        prompts[name] = [request.args[0] for request in task.instances]
+    assert prompts["winogrande"] == [
+        f"Eva met Bea as Bea was tall.\n\nAnn met Bea as {name}" for name in ("Ann", "Bea")
+    ]
+    assert prompts["lambada"] == ["1 and so on\n\n0 and so"]
+    # A text that is scored as a whole has no question before which they could stand.
+    assert evaluation.shots_file_of("wikitext2") is None and len(prompts["wikitext2"]) == 1
+    assert "local_wikitext2 takes no worked examples" in caplog.text
+
+
+def test_worked_examples_that_are_not_there_are_an_error_at_the_start(folder):
+    with pytest.raises(ValueError, match=f"num_fewshot: piqa: no piqa.calibration.jsonl in {folder} for 2 worked"):
+        TaskEvaluation(["gsm8k", "piqa"], folder, num_fewshot=2)
+    write_rows(folder / "piqa.calibration.jsonl", [{"question": "Q0 Answer:", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(ValueError, match="piqa.calibration.jsonl has 0 rows that are not evaluated, too few for 2"):
+        TaskEvaluation(["piqa"], folder, num_fewshot=2)
+    with pytest.raises(ValueError, match="gsm8k.calibration.jsonl has 0 rows that are not evaluated"):
+        TaskEvaluation(["gsm8k"], folder, data_split="calibration", num_fewshot=1)
+    with pytest.raises(ValueError, match="num_fewshot must be at least 0"):
+        TaskEvaluation(["piqa"], folder, num_fewshot=-1)
+    # Those that a task has by itself are data like others: without them it is left out.
+    (folder / "gsm8k.calibration.jsonl").unlink()
+    reason = f"no gsm8k.calibration.jsonl in {folder} for 5 worked examples"
+    assert TaskEvaluation(["gsm8k", "piqa"], folder).missing() == {"gsm8k": reason}
+    assert not TaskEvaluation(["gsm8k"], folder, num_fewshot=0).missing()
 
 
 def test_generated_answers_are_compared(lm, folder):

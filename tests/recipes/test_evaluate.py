@@ -109,6 +109,21 @@ def test_a_report_has_the_parts_of_the_last_command_alone(recipe, options):
     assert results["handover"] == {"nbytes": 7} and "evaluation_environment" in results
 
 
+def test_other_worked_examples_are_other_results(recipe, options, monkeypatch):
+    shown = []
+
+    def evaluated(self, lm, task, *args):
+        shown.append(task)
+        return {"metrics": {"acc": 0.5}, "stderr": {}, "rows": 2, "num_fewshot": 1, "per_row": {"acc": [0.0, 1.0]}}
+
+    monkeypatch.setattr(recipe.TaskEvaluation, "run", evaluated)
+    changes = {"tasks": "piqa", "text_dataset": "none", "num_fewshot": 1}
+    for number in (50, 50, 51):
+        write_rows(options["data_folder"] / "piqa.calibration.jsonl", [{"text": text(number, 9)}])
+        run(recipe, options, **changes)
+    assert shown == ["piqa"] * 4
+
+
 def test_data_that_were_seen_are_refused(recipe, options, tmp_path):
     seen = options["data_folder"] / "seen.calibration.jsonl"
     write_rows(seen, [{"prompt": text(2).upper(), "completion": " x"}])

@@ -14,6 +14,7 @@ from lm_eval.api.model import LM, CachingLM
 from lm_eval.tasks import TaskManager
 
 from .local_tasks import LOCAL_TASKS_FOLDER
+from .local_tasks.local_data import FEWSHOT, load_local_data, shots_file
 
 
 logger = logging.getLogger(__name__)
@@ -32,14 +33,16 @@ class TaskEvaluation:
         tasks (`Sequence[str]`): Names.
         data_folder (`str`, *optional*): Folder with `<task>.<data_split>.jsonl`.
         data_split (`str`, defaults to `"validation"`): Which part is evaluated.
-        num_fewshot (`int`, *optional*): Worked examples before each question. Default: as each task says.
+        num_fewshot (`int`, *optional*): Worked examples before each question. Default: as each task says. With a
+            folder they are the first rows of `<task>.calibration.jsonl` that are not evaluated.
 
     Attributes:
         tasks (`list[str]`): The names, tags replaced by those of their tasks.
 
     Raises:
         `FileNotFoundError`: If the folder is missing.
-        `ValueError`: If a task is unknown, named twice, or a group of tasks that has no result of its own.
+        `ValueError`: If a task is unknown, named twice, or a group of tasks that has no result of its own; if the
+            folder does not hold `num_fewshot` worked examples of a task.
     """
 
     def __init__(
@@ -54,6 +57,8 @@ class TaskEvaluation:
         self.num_fewshot = num_fewshot
         if self.data_folder is not None and not self.data_folder.is_dir():
             raise FileNotFoundError(f"data_folder: no folder {data_folder}")
+        if num_fewshot is not None and num_fewshot < 0:
+            raise ValueError(f"num_fewshot must be at least 0, got {num_fewshot}")
         twice = [name for name in tasks if list(tasks).count(name) > 1]
         if twice:
             raise ValueError(f"tasks: {twice[0]!r} is named twice")
@@ -72,6 +77,10 @@ class TaskEvaluation:
         self.tasks = list(dict.fromkeys(part for names in parts for part in names))
         self._names = {name: LOCAL_PREFIX + name if name in local else name for name in self.tasks}
         self._loaded: dict[str, dict[str, Any]] = {}
+        missing = self.missing()
+        for name in self.tasks:
+            if num_fewshot and name not in missing and (reason := self._missing_shots(name)):
+                raise ValueError(f"num_fewshot: {name}: {reason}")
 
     def _parts_of(self, name: str) -> list[str]:
         """The tasks, or groups with a result of their own, that a name of lm-eval's stands for."""
@@ -91,13 +100,40 @@ class TaskEvaluation:
             return None
         return self.data_folder / f"{task}.{self.data_split}.jsonl"
 
+    def shots_file_of(self, task: str) -> Path | None:
+        """The file from which a task reads its worked examples; `None` for one without them, or from the Hub."""
+        return shots_file(self.data_folder, task) if self._local_shots(task) else None
+
     def missing(self) -> dict[str, str]:
         """Tasks whose data are not there, with the reason: they are to be named and left out, not counted as zero."""
-        return {
-            task: f"no {file.name} in {self.data_folder}"
-            for task in self.tasks
-            if (file := self.file_of(task)) is not None and not file.is_file()
-        }
+        missing = {}
+        for task in self.tasks:
+            file = self.file_of(task)
+            if file is not None and not file.is_file():
+                missing[task] = f"no {file.name} in {self.data_folder}"
+            elif self.num_fewshot is None and (reason := self._missing_shots(task)):
+                missing[task] = reason
+        return missing
+
+    def _local_shots(self, task: str) -> int:
+        """How many worked examples a task needs of the folder."""
+        if self._names[task] == task:
+            return 0
+        default = self._manager.task_index[self._names[task]].cfg.get("num_fewshot")
+        return (default if self.num_fewshot is None or default == 0 else self.num_fewshot) or 0
+
+    def _missing_shots(self, task: str) -> str | None:
+        """Why a task cannot have its worked examples, if it cannot."""
+        shots = self._local_shots(task)
+        if shots == 0:
+            return None
+        file = shots_file(self.data_folder, task)
+        if not file.is_file():
+            return f"no {file.name} in {self.data_folder} for {shots} worked examples"
+        there = len(load_local_data(task, str(self.data_folder), self.data_split)[FEWSHOT])
+        if there < shots:
+            return f"{file.name} has {there} rows that are not evaluated, too few for {shots} worked examples"
+        return None
 
     def texts(self, task: str, limit: int | None = None) -> list[str]:
         """What the task shows to a model, one text per row: what must not have been calibrated or trained on."""
@@ -154,6 +190,8 @@ class TaskEvaluation:
             loaded = self._manager.load([self._names[task]])
             for part in loaded["tasks"].values():
                 default = part.get_config("num_fewshot")
+                if default == 0 and self.num_fewshot:
+                    logger.warning("%s takes no worked examples: num_fewshot does not apply", part.task_name)
                 if default is None or (self.num_fewshot is not None and default != 0):
                     part.set_config(key="num_fewshot", value=self.num_fewshot or 0)
                 part.set_fewshot_seed(seed=_SEED)

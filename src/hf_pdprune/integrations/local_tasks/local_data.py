@@ -30,7 +30,8 @@ def load_local_data(
         data_split (`str`, defaults to `"validation"`): Which part is evaluated.
 
     Returns:
-        `dict[str, datasets.Dataset]`: `evaluation`, and, where the folder has a calibration part beside it, `fewshot`.
+        `dict[str, datasets.Dataset]`: `evaluation`, and `fewshot`: the rows of the calibration part beside it that are
+        not evaluated. None, where the folder has no such part or it is the one that is evaluated.
 
     Raises:
         `FileNotFoundError`: If there is no folder or no such file.
@@ -40,13 +41,27 @@ def load_local_data(
         raise FileNotFoundError(
             f"local tasks read a folder: name it in the metadata (data_folder) or in {FOLDER_VARIABLE}"
         )
-    parts = {EVALUATION: Path(folder) / f"{file}.{data_split}.jsonl"}
-    if not parts[EVALUATION].is_file():
-        raise FileNotFoundError(f"no {parts[EVALUATION].name} in {folder}")
-    fewshot = Path(folder) / f"{file}.{_FEWSHOT_PART}.jsonl"
-    if fewshot.is_file() and data_split != _FEWSHOT_PART:
-        parts[FEWSHOT] = fewshot
-    return {name: datasets.Dataset.from_json(str(path), keep_in_memory=True) for name, path in parts.items()}
+    path = Path(folder) / f"{file}.{data_split}.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {folder}")
+    evaluated = datasets.Dataset.from_json(str(path), keep_in_memory=True)
+    shots = datasets.Dataset.from_list([])
+    path = shots_file(folder, file)
+    if path.is_file() and data_split != _FEWSHOT_PART:
+        seen = {_shown(row) for row in evaluated}
+        shots = datasets.Dataset.from_json(str(path), keep_in_memory=True)
+        shots = shots.select([number for number, row in enumerate(shots) if _shown(row) not in seen])
+    return {EVALUATION: evaluated, FEWSHOT: shots}
+
+
+def shots_file(folder: str | os.PathLike, file: str) -> Path:
+    """Where the worked examples of a task come from."""
+    return Path(folder) / f"{file}.{_FEWSHOT_PART}.jsonl"
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """What a model reads of a row, by which a row is recognised in another part."""
+    return " ".join(f"{row.get('question') or row.get('text')}".lower().split())
 
 
 def mmlu_text(doc: Mapping[str, Any]) -> str:
