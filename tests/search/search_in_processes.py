@@ -1,5 +1,6 @@
 """Run by test_two_processes.py in every process: searches of a tiny model, whose outcomes each process writes down."""
 
+import faulthandler
 import json
 import random
 import sys
@@ -7,32 +8,44 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 
 
-def run(folder: Path, options: dict) -> dict:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=7,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=128,
-            initializer_range=0.1,
-        )
-    ).eval()
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "initializer_range": 0.1,
+}
+
+
+def examples_of(prompts, completions=(8, 20), count=10):
+    """Random examples; the first half has prompts of the first lengths, the second half of the last ones."""
     rng, examples = random.Random(0), []
-    for _ in range(10):  # five batches of two: the second process has one batch less
-        prompt, completion = ([rng.randrange(128) for _ in range(rng.randrange(*r))] for r in ((9, 30), (8, 20)))
+    for number in range(count):
+        lengths = (prompts[2 * number // count], completions)
+        prompt, completion = ([rng.randrange(128) for _ in range(rng.randrange(*r))] for r in lengths)
         examples.append({"input_ids": prompt + completion, "labels": [-100] * len(prompt) + completion})
-    calibration = Calibration(model, examples, 0, batch_size=2)
-    statistics = BlockStatistics.measure(model, calibration.batches)
+    return examples
+
+
+def run(folder: Path, job: dict) -> dict:
+    """What a search comes to, or the error with which it ends."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(job.get("model", "llama"), **SIZES)).eval()
+    examples = examples_of(job.get("prompts", [[9, 30]] * 2), *job.get("examples", []))
     text = torch.randint(3, 128, (100, 32), generator=torch.Generator().manual_seed(0)).tolist()
-    plan = search_plan(model, calibration, statistics, SearchConfig(**options), folder, merge_text=text)
+    try:
+        calibration = Calibration(model, examples, 0, batch_size=2)
+        statistics = BlockStatistics.measure(model, calibration.batches)
+        plan = search_plan(model, calibration, statistics, SearchConfig(**job["config"]), folder, merge_text=text)
+    except ValueError as error:
+        return {"error": str(error)}
     return {
         "plan": plan.digest,
         "energy": plan.provenance["objective"]["result"],
@@ -43,9 +56,11 @@ def run(folder: Path, options: dict) -> dict:
 
 
 if __name__ == "__main__":
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    faulthandler.dump_traceback_later(250, exit=True)  # a process that waits for the other one says where
+    torch.set_num_threads(1)
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     state = PartialState(cpu=True)
-    outcomes = [run(folder / f"search{number}", one) for number, one in enumerate(options)]
+    outcomes = {name: run(folder / name, job) for name, job in jobs.items()}
     (folder / f"rank{state.process_index}.json").write_text(json.dumps(outcomes))
     state.wait_for_everyone()
     state.destroy_process_group()

@@ -34,7 +34,7 @@ class AttentionMass:
         self.last_tokens = last_tokens
         self.outside = torch.zeros(num_hidden_layers, dtype=torch.float64)
         self.num_queries = 0
-        self._seen: set[int] = set()
+        self._seen = torch.zeros(num_hidden_layers, dtype=torch.float64)  # forwards in which a block showed weights
 
     @classmethod
     def measure(
@@ -66,27 +66,28 @@ class AttentionMass:
                             hooks.callback(handle.remove)
                     model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
                 mass.num_queries += int(queries.sum())
-        if len(mass._seen) < len(mass.outside):
+        mass._reduce(calibration.device)
+        if not mass._seen.all():  # in any process: some may have no batch
             raise ValueError(
                 f"{type(model).__name__} does not show all attention weights, so blocks cannot be chosen by "
                 "attention mass"
             )
-        mass._reduce(calibration.device)
         return mass
 
     def _reduce(self, device: torch.device) -> None:
         """Adds up what all processes have seen."""
         if PartialState().num_processes > 1:
-            counted = torch.cat([self.outside, torch.tensor([self.num_queries], dtype=torch.float64)]).to(device)
-            *outside, queries = reduce(counted, "sum").tolist()
-            self.outside, self.num_queries = torch.tensor(outside, dtype=torch.float64), int(queries)
+            queries = torch.tensor([self.num_queries], dtype=torch.float64)
+            counted = reduce(torch.cat([self.outside, self._seen, queries]).to(device), "sum").cpu()
+            self.outside, self._seen, queries = counted.split([len(self.outside), len(self._seen), 1])
+            self.num_queries = int(queries)
 
     def _hook(self, number: int, prompt_mask: torch.Tensor, queries: torch.Tensor) -> Any:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             # Every attention module of transformers returns (output, weights).
             weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
             if isinstance(weights, torch.Tensor) and weights.dim() == 4:
-                self._seen.add(number)
+                self._seen[number] += 1
                 self.update(number, weights, prompt_mask, queries)
 
         return hook

@@ -45,7 +45,7 @@ class BlockWindows:
         self.config = config
         self.candidates = tuple(candidates)
         kv = KVPlan((), config.first_tokens, config.last_tokens, config.token_choice)
-        longest = max(batch["prompt_ids"].shape[1] for batch in objective.calibration.batches)
+        longest = objective.calibration.longest_prompt
         # The first token stays: much of the attention rests on it (attention sinks, arXiv 2309.17453).
         windows = {
             (max(round(factor * kv.first_tokens), min(kv.first_tokens, 1)), max(round(factor * kv.last_tokens), 1))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -127,6 +127,14 @@ class Calibration:
             is `torch.bfloat16`; the rounded distribution is normalised, so KL stays a KL.
         name (`str`, *optional*): What the text is, for the plan's provenance.
 
+    Attributes:
+        num_examples (`int`): Examples of all processes.
+        num_prompt_tokens (`int`): Their prompt tokens.
+        num_completion_tokens (`int`): Their completion tokens.
+        longest_prompt (`int`): Tokens of the longest prompt.
+        num_rounds (`int`): Batches of the process that has most.
+        digest (`str`): Tells calibrations apart whose energies may differ.
+
     Raises:
         `ValueError`: If there are too few completion tokens, if an example is longer than the model's context, or if
             the dense model's logits are not finite.
@@ -156,10 +164,7 @@ class Calibration:
             for group in groups[state.process_index :: state.num_processes]
         ]
         self._batches = [self._with_teacher(model, tensors, teacher_dtype) for tensors in self._progress(shard)]
-        counted = [
-            [int(b.tensors["prompt_mask"].sum()), int((b.tensors["labels"] != -100).sum())] for b in self._batches
-        ]
-        self.num_prompt_tokens, self.num_completion_tokens = self._summed(torch.tensor(counted).view(-1, 2).sum(dim=0))
+        self._count()
         self.digest = _digest(examples, groups, model, teacher_dtype)
         if self.num_completion_tokens < MIN_COMPLETION_TOKENS:
             raise ValueError(
@@ -224,10 +229,19 @@ class Calibration:
             rest = Teacher.from_logits(logits[:, 1:][mask[:, 1:].to(logits.device)], dtype)
         return CalibrationBatch(tensors, first, rest)
 
-    def _summed(self, counts: torch.Tensor) -> list[int]:
+    def _count(self) -> None:
+        """Counts the tokens of all processes, of which some may have no batch."""
+        prompts = [batch.tensors["prompt_mask"] for batch in self._batches]
+        own = [
+            sum(int(mask.sum()) for mask in prompts),
+            sum(batch.num_completion_tokens for batch in self._batches),
+            max((mask.shape[1] for mask in prompts), default=0),
+        ]
+        shares = torch.tensor([own], device=self.device)
         if PartialState().num_processes > 1:
-            counts = reduce(counts.to(self.device), "sum")
-        return [int(count) for count in counts]
+            shares = gather(shares)
+        self.num_prompt_tokens, self.num_completion_tokens, _ = shares.sum(dim=0).tolist()
+        self.longest_prompt = int(shares[:, 2].max())
 
 
 def _lengths(example: dict[str, Any]) -> tuple[int, int]:

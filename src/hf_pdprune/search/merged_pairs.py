@@ -93,19 +93,21 @@ class MergedPairs:
         for _, absorbed in tqdm(own, desc="Distilling pairs", unit="pair", disable=not state.is_main_process):
             kept = absorbed - 1
             regression.forget_before(kept)
-            fit = regression.fit(kept, Gaps((), (absorbed,)), rank)
+            found.append(((kept, absorbed), regression.fit(kept, Gaps((), (absorbed,)), rank)))
+            if found[-1][1] is None:
+                break
+        made.block_tokens = regression.block_tokens
+        if state.num_processes > 1:
+            made.block_tokens = sum(gather_object([made.block_tokens]))
+            found = gather_object(found)
+        made.pairs = dict(sorted(found, key=lambda item: item[0]))
+        for (kept, _), fit in made.pairs.items():  # in all processes, so that none waits for another one
             if fit is None:
                 raise ValueError(
                     f"the last linear layer of {type(model).__name__}'s block {kept} does not write into the hidden "
                     "states as it is (a norm comes between, or experts), so pairs cannot be merged: merge_pairs has "
                     "to be false"
                 )
-            found.append(((kept, absorbed), fit))
-        made.block_tokens = regression.block_tokens
-        if state.num_processes > 1:
-            made.block_tokens = sum(gather_object([made.block_tokens]))
-            found = gather_object(found)
-        made.pairs = dict(sorted(found))
         left = {pair: round(fit.left, 3) for pair, fit in made.pairs.items()}
         logger.info("merged pairs: part of the squared error that is left: %s", left)
         return made

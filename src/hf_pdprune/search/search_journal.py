@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 
 logger = logging.getLogger(__name__)
 
@@ -17,25 +20,24 @@ class SearchJournal:
     the same random numbers, takes known energies from the journal instead of computing them, and so arrives where it
     was interrupted, with its random generator in the state in which it was.
 
+    Where several processes run, the main one alone reads and writes the file, and the others learn from it what is
+    known: none may know more than another one, or they would not measure the same plans together.
+
     Args:
         path (`str` or `os.PathLike`, *optional*): The file. Without one nothing is written.
         subject (`str`): Digest of the model and calibration on which the energies are measured.
-        write (`bool`, defaults to `True`): Whether this process writes (all of them read).
 
     Raises:
         `ValueError`: If the file is a journal of another model or calibration, or no journal.
     """
 
-    def __init__(self, path: str | os.PathLike | None, subject: str, write: bool = True):
+    def __init__(self, path: str | os.PathLike | None, subject: str):
         self.path = None if path is None else Path(path)
         self.subject = subject
-        self.write = write and self.path is not None
         self._entries: dict[tuple[str, int], float] = {}
-        if self.path is not None and self.path.is_file():
-            self._read()
-        elif self.write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._append({"subject": subject})
+        self._writes = self.path is not None and PartialState().is_main_process
+        if self.path is not None:
+            self._open()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -47,8 +49,27 @@ class SearchJournal:
     def add(self, plan: str, batch: int, kl_sum: float) -> None:
         """Records what was measured of a plan on a batch."""
         self._entries[plan, batch] = kl_sum
-        if self.write:
+        if self._writes:
             self._append({"plan": plan, "batch": batch, "kl_sum": kl_sum})
+
+    def _open(self) -> None:
+        """The main process reads the file, or begins one; all processes then know the same, or raise the same."""
+        shared: list[Any] = [{}, None]
+        if self._writes:
+            try:
+                if self.path.is_file():
+                    self._read()
+                else:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    self._append({"subject": self.subject})
+            except (ValueError, OSError) as error:
+                shared[1] = error
+            shared[0] = self._entries
+        if PartialState().num_processes > 1:
+            shared = broadcast_object_list(shared)
+        self._entries, error = shared
+        if error is not None:
+            raise error
 
     def _append(self, line: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -69,7 +90,7 @@ class SearchJournal:
                 f"{self.path} is the journal of a search with another model or calibration set; remove it, or choose "
                 "another output folder"
             )
-        if torn and self.write:  # the process was killed while it wrote this line
+        if torn:  # the process was killed while it wrote this line
             with self.path.open("r+", encoding="utf-8") as file:
                 file.truncate(len((complete + "\n").encode()))
         logger.info("%s: %d energies are known already", self.path, len(self._entries))

@@ -211,7 +211,7 @@ def _objective(
         model,
         calibration,
         int(config.hidden_cache_gb * 1e9),
-        SearchJournal(path, subject, write=PartialState().is_main_process),
+        SearchJournal(path, subject),
         cache_dtype,
         merged_pairs,
     )
