@@ -114,9 +114,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(folder, of_one_process,
 
 
 @pytest.mark.invariant
-def test_training_with_fsdp_goes_on_where_it_was_interrupted(folder):
-    # By default what was fitted is frozen: FSDP's own checkpoint does not have it.
-    options = KINDS["fsdp2"] | {"train_fitted_layers": False, "optim": "adamw_torch"}
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_in_two_processes_goes_on_where_it_was_interrupted(folder, kind):
+    if "deepspeed" in KINDS[kind]:
+        pytest.importorskip("deepspeed")
+    # By default what was fitted is frozen: the checkpoints of FSDP and DeepSpeed do not have it.
+    options = KINDS[kind] | {"train_fitted_layers": False, "optim": "adamw_torch"}
     whole, weights = train(folder, 2, **options, save_steps=2, output_dir=str(folder / "whole"))
     resumed, weights_of_resumed = train(
         folder, 2, **options, output_dir=str(folder / "resumed"), resume=str(folder / "whole" / "checkpoint-2")

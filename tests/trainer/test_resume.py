@@ -96,3 +96,11 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tiny_llama, make
     trainer.add_callback(Poison())
     with pytest.raises(DivergenceError, match=r"step 4: the loss is nan; the last good checkpoint is .*checkpoint-2"):
         trainer.train()
+
+
+def test_checkpoint_with_an_adapter_that_the_model_lacks_is_refused(tiny_model, make_trainer, tmp_path):
+    adapted = make_trainer(tiny_model("llama"), stage="prefill").model
+    make_trainer(adapted, stage="decode", save_strategy="steps", save_steps=2).train()
+    other = make_trainer(tiny_model("llama"), output_dir=tmp_path / "other", stage="decode")
+    with pytest.raises(ValueError, match="has an adapter 'prefill', which the model lacks"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

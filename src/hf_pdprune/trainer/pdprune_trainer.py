@@ -33,9 +33,8 @@ from .stage_adapters import STAGE_ADAPTERS
 from .training_checkpoint import (
     DivergenceError,
     begin_checkpoint,
-    check_adapters,
     last_complete_checkpoint,
-    load_sharded_adapters,
+    load_adapters,
 )
 from .training_data import check_given_rows, check_prepared_rows
 from .training_metrics import TrainingMetrics
@@ -180,6 +179,10 @@ class PDPruneTrainer(SFTTrainer):
                 self.state = state
                 self.removal.move_to(state.global_step, state.max_steps)
                 return TrainOutput(state.global_step, 0.0, {})
+            is_partitioned = any(hasattr(parameter, "ds_status") for parameter in self.model.parameters())
+            if self.is_deepspeed_enabled and isinstance(self.model, PeftModel) and not is_partitioned:
+                # DeepSpeed's own files, which Trainer resumes from, leave out fitted layers: they do not learn.
+                self._load_from_checkpoint(resume_from_checkpoint)
         self._distil_locally(is_resumed=bool(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.removal.move_to(self.state.global_step, self.state.max_steps)
@@ -331,15 +334,10 @@ class PDPruneTrainer(SFTTrainer):
         self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
-        if self.is_fsdp_enabled:  # its own files leave out what does not learn
-            load_sharded_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
-            return
-        learning = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in self.model.named_parameters():
-            # Trainer freezes every adapter but the first when it has loaded several.
-            parameter.requires_grad_(name in learning)
+        if isinstance(self.model, PeftModel):  # Trainer would freeze all adapters but the first
+            load_adapters(resume_from_checkpoint, self.model, self.stage_adapters.trained)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self.is_deepspeed_enabled or not isinstance(self.model, PeftModel):

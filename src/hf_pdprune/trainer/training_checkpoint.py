@@ -5,10 +5,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .whole_weights import set_sharded
@@ -52,42 +52,50 @@ def begin_checkpoint(folder: str | os.PathLike) -> None:
     (Path(folder) / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
-def check_adapters(folder: str | os.PathLike, model: nn.Module, adapters: tuple[str, ...]) -> None:
+def load_adapters(folder: str | os.PathLike, model: PeftModel, trained: tuple[str, ...]) -> None:
     """
-    Raises a `ValueError` unless a checkpoint has exactly the weights that the model's adapters have: peft leaves out
-    what does not fit, and training would go on from something else.
-    """
-    if not isinstance(model, PeftModel):
-        return
-    for adapter in adapters:
-        path = Path(folder) / adapter / ADAPTER_FILE_NAME
-        if not path.is_file():
-            raise ValueError(f"the checkpoint {folder} has no adapter {adapter!r} ({path} is missing)")
-        expected = {
-            name: tuple(tensor.shape)
-            for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
-        }
-        with safe_open(path, framework="pt") as file:
-            there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        for name in sorted(expected.keys() | there.keys()):
-            if expected.get(name) != there.get(name):
-                raise ValueError(
-                    f"the checkpoint's adapter {path} is not that of this model: {name} has shape {there.get(name)} "
-                    f"there and {expected.get(name)} here (None: it is missing); the same plan, lora_rank and "
-                    "peft_config are needed"
-                )
-
-
-def load_sharded_adapters(folder: str | os.PathLike, model: PeftModel, adapters: tuple[str, ...]) -> None:
-    """
-    Sets adapters that FSDP has sharded to those of a checkpoint, in all processes.
+    Sets a model's adapters to those of a checkpoint, in all processes, and changes nothing else of them.
 
     Args:
-        folder (`str`): The checkpoint, which [`check_adapters`] has let pass.
-        model ([`~peft.PeftModel`]): The model.
-        adapters (`tuple[str, ...]`): Names of the adapters.
+        folder (`str`): The checkpoint.
+        model ([`~peft.PeftModel`]): The model; FSDP may have sharded it.
+        trained (`tuple[str, ...]`): Names of the adapters that learn, which the checkpoint must have.
+
+    Raises:
+        `ValueError`: Unless the checkpoint's adapters are the model's, with exactly their weights: peft leaves out what
+            does not fit, and training would go on from something else.
     """
-    for adapter in adapters:
-        # These share memory with the model's parameters, and have the names that peft gives them in a file.
-        own = get_peft_model_state_dict(model, adapter_name=adapter)
-        set_sharded(own, load_file(Path(folder) / adapter / ADAPTER_FILE_NAME))
+    there = {path.parent.name for path in Path(folder).glob(f"*/{ADAPTER_FILE_NAME}")}
+    for adapter in trained:
+        if adapter not in there:
+            path = Path(folder) / adapter / ADAPTER_FILE_NAME
+            raise ValueError(f"the checkpoint {folder} has no adapter {adapter!r} ({path} is missing)")
+    for adapter in sorted(there):
+        if adapter not in model.peft_config:
+            raise ValueError(
+                f"the checkpoint {folder} has an adapter {adapter!r}, which the model lacks: its training began with "
+                "a model that had one"
+            )
+        _check_adapter(Path(folder) / adapter / ADAPTER_FILE_NAME, model, adapter)
+    for adapter in sorted(there):
+        weights = load_file(Path(folder) / adapter / ADAPTER_FILE_NAME)
+        if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+            # These share memory with the model's parameters, and have the names that peft gives them in a file.
+            set_sharded(get_peft_model_state_dict(model, adapter_name=adapter), weights)
+        else:
+            set_peft_model_state_dict(model, weights, adapter_name=adapter)
+
+
+def _check_adapter(path: Path, model: PeftModel, adapter: str) -> None:
+    expected = {
+        name: tuple(tensor.shape) for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
+    }
+    with safe_open(path, framework="pt") as file:
+        there = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    for name in sorted(expected.keys() | there.keys()):
+        if expected.get(name) != there.get(name):
+            raise ValueError(
+                f"the checkpoint's adapter {path} is not that of this model: {name} has shape {there.get(name)} "
+                f"there and {expected.get(name)} here (None: it is missing); the same plan, lora_rank and "
+                "peft_config are needed"
+            )
