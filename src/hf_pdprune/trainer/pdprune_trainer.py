@@ -58,7 +58,7 @@ class PDPruneTrainer(SFTTrainer):
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
             is cut into prompt and completion (see [`PromptCompletionCollator`]).
         eval_dataset (*optional*): As for `SFTTrainer`.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer. Default: the model's.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of
             the blocks that the stage keeps.
         kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...). `compute_metrics` gets logits
@@ -110,9 +110,6 @@ class PDPruneTrainer(SFTTrainer):
             self.dense_model, model = model.requires_grad_(False), learning_copy(model)
         else:
             model = add_adapters(model, plan, args, peft_config)
-        pad_token_id = processing_class.pad_token_id if processing_class is not None else None
-        if pad_token_id is None:
-            pad_token_id = model.config.get_text_config().eos_token_id or 0
         # transformers' own would leave out the KV cache, see checkpointed_blocks.
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
@@ -120,17 +117,18 @@ class PDPruneTrainer(SFTTrainer):
         evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
         for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
             check_given_rows(dataset, name)
-        # All processes have to run decode equally often, also one whose completions have a single token.
-        collator = PromptCompletionCollator(pad_token_id, args.seed, 2 if args.world_size > 1 else 1)
         super().__init__(
             model=model,
             args=args,
-            data_collator=collator,
+            data_collator=None,  # SFTTrainer then sees to the padding token
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
             **kwargs,
         )
+        # All processes have to run decode equally often, also one whose completions have a single token.
+        least = 2 if args.world_size > 1 else 1
+        self.data_collator = PromptCompletionCollator(self._tokenizer.pad_token_id, args.seed, least)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_prepared_rows(dataset, name, context, args.max_length)

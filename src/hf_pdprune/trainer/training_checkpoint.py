@@ -62,8 +62,8 @@ def load_adapters(folder: str | os.PathLike, model: PeftModel, trained: tuple[st
         trained (`tuple[str, ...]`): Names of the adapters that learn, which the checkpoint must have.
 
     Raises:
-        `ValueError`: Unless the checkpoint's adapters are the model's, with exactly their weights: peft leaves out what
-            does not fit, and training would go on from something else.
+        `ValueError`: Unless the checkpoint's adapters are the model's, with exactly their weights: peft leaves out
+            what does not fit, and training would go on from something else.
     """
     there = {path.parent.name for path in Path(folder).glob(f"*/{ADAPTER_FILE_NAME}")}
     for adapter in trained:
