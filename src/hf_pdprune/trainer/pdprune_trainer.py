@@ -9,12 +9,11 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
-from trl.trainer.utils import create_model_from_path
 
 from ..data import PromptCompletionCollator
 from ..hub import push_stages_to_hub
@@ -23,6 +22,7 @@ from ..plan import PruningPlan
 from ..search import SearchConfig
 from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
+from .dense_model import load_dense_model, load_tokenizer
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
 from .learned_stages import export_learned_stages, shared_fingerprint
@@ -61,9 +61,10 @@ class PDPruneTrainer(SFTTrainer):
         processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*): The tokenizer. Default: the model's.
         peft_config ([`~peft.PeftConfig`], *optional*): Adapter of each stage. Default: LoRA on all linear layers of
             the blocks that the stage keeps.
-        kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, ...). `compute_metrics` gets logits
-            of shape `(batch_size, completion_tokens, vocab_size)` and labels that are aligned with them, -100 where
-            there is none; with `include_for_metrics=["teacher"]`, those of the stages and of the dense model.
+        kwargs: As for `SFTTrainer` (`callbacks`, `optimizers`, `compute_metrics`, `formatting_func`,
+            `quantization_config` for a model's id, ...). `compute_metrics` gets logits of shape `(batch_size,
+            completion_tokens, vocab_size)` and labels that are aligned with them, -100 where there is none; with
+            `include_for_metrics=["teacher"]`, those of the stages and of the dense model.
 
     Raises:
         `ValueError`: If the plan is of another model, or the data cannot be trained on.
@@ -87,8 +88,8 @@ class PDPruneTrainer(SFTTrainer):
         args = args or PDPruneConfig("pdprune")
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
-            processing_class = processing_class or AutoTokenizer.from_pretrained(model)
-            model = create_model_from_path(model, **{"use_safetensors": True, **(args.model_init_kwargs or {})})
+            processing_class = processing_class or load_tokenizer(model, args)
+            model = load_dense_model(model, args, kwargs.pop("quantization_config", None))
             args.model_init_kwargs = None
         plan.blocks_of(model.config)  # raises if the plan is of another model
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
