@@ -14,7 +14,7 @@ import logging
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +33,11 @@ from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_table
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
+from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import is_accuracy, main_metric
+from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import build_stage, load_stages
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
@@ -52,7 +54,7 @@ Pair = tuple[PrefillStage, DecodeStage]
 
 
 @dataclass
-class AblationArguments:
+class AblationArguments(OverlapConfig):
     """What is compared, and on what."""
 
     plan: str = field(metadata={"help": "Folder with the stage-wise plan."})
@@ -112,6 +114,7 @@ class AblationArguments:
         for name in self.strategies:
             if name not in ("unified", "annealing", "greedy", "one_shot", "contiguous", "end_group", "random"):
                 raise ValueError(f"strategies: unknown strategy {name!r}")
+        super().__post_init__()
 
     def part(self, prefix: str) -> dict[str, Any]:
         """Options that begin with a prefix: what a result depends on."""
@@ -141,6 +144,7 @@ class Study:
             "limit": args.limit,
         }
         self._check_rows()
+        self._check_overlap()
 
     def _check_rows(self) -> None:
         """A table must not mix what was measured on different text."""
@@ -154,6 +158,20 @@ class Study:
                         f"{self.rows.path} holds a study with {key}={there.get(key)!r}, not {value!r}: choose another "
                         "output_dir"
                     )
+
+    def _check_overlap(self) -> None:
+        """What is measured on must not be what the plan and the pairs, or the searches of the study, have seen."""
+        args = self.args
+        folders = [args.plan, *(entry.partition("=")[2] for entry in args.healed)]
+        own = (args.calibration_dataset, args.calibration_split, args.calibration_subset)
+        args.check_overlap(self._evaluated_texts(), folders, [own] if "strategies" in args.sections else [])
+
+    def _evaluated_texts(self) -> Iterator[tuple[str, Iterable[str]]]:
+        args = self.args
+        rows = load_text(args.text_dataset, args.text_split, subset=args.text_subset)
+        yield args.text_dataset, map(shown_text, rows)
+        for task in self.tasks:
+            yield task, self.evaluation.texts(task, args.limit)
 
     @cached_property
     def dense(self) -> PreTrainedModel:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -34,12 +34,13 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_exampl
 from hf_pdprune.evaluation import compare_hand_overs, write_report, write_results
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
+from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.pair_source import PairSource
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import compare_tasks, mean_accuracy
-from hf_pdprune.evaluation.text_overlap import TextOverlap
+from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.pair_layout import stage_folders
@@ -57,7 +58,7 @@ PARTS = ("tasks", "tasks_skipped", "tasks_mean", "overlap", "quality_of_stages",
 
 
 @dataclass
-class EvaluateArguments:
+class EvaluateArguments(OverlapConfig):
     """Which models are evaluated, and on what."""
 
     stages: str = field(metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
@@ -92,16 +93,6 @@ class EvaluateArguments:
     text_examples: int = field(default=24, metadata={"help": "Examples used of it."})
     text_prompt_tokens: int = field(default=320, metadata={"help": "Prompt tokens of an example."})
     text_completion_tokens: int = field(default=64, metadata={"help": "Completion tokens of an example."})
-    seen_data: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "What search and distillation have seen, each as source:split or source:split:subset. Default: "
-            "what the run.json beside the stages says."
-        },
-    )
-    allow_overlap: bool = field(
-        default=False, metadata={"help": "Go on where evaluation data was seen in search or distillation."}
-    )
 
     def __post_init__(self):
         for name in ("limit", "batch_size", "text_examples", "text_prompt_tokens", "text_completion_tokens"):
@@ -109,9 +100,7 @@ class EvaluateArguments:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.text_dataset is not None and self.text_dataset.lower() == "none":
             self.text_dataset = None
-        for entry in self.seen_data:
-            if not 2 <= len(entry.split(":")) <= 3:
-                raise ValueError(f"seen_data: {entry!r} is not source:split or source:split:subset")
+        super().__post_init__()
 
 
 class Models:
@@ -160,43 +149,15 @@ class Models:
         }
 
 
-def seen_texts(args: EvaluateArguments) -> TextOverlap | None:
-    """Hashes of what search and distillation have seen; `None` where nobody says what that was."""
-    sources = [tuple((*entry.split(":"), None)[:3]) for entry in args.seen_data]
-    run = Path(args.stages) / "run.json"
-    if not sources and run.is_file():
-        steps = read_json(run)
-        for step, part in (("plan", "calibration"), ("stages", "train")):
-            settings = steps.get(step, {})
-            if settings.get(f"{part}_dataset"):
-                names = (f"{part}_{key}" for key in ("dataset", "split", "subset"))
-                sources.append(tuple(settings.get(name) for name in names))
-    if not sources:
-        return None
-    seen = TextOverlap()
-    for source, split, subset in sources:
-        seen.add(load_text(source, split, subset=subset))
-    return seen
-
-
-def check_overlap(args: EvaluateArguments, evaluation: TaskEvaluation, tasks: list[str]) -> dict[str, Any]:
-    """Counts rows that were seen in search or distillation. Any is a `ValueError`, unless it is allowed."""
-    seen = seen_texts(args)
-    if seen is None:
-        logger.warning("nobody says what search and distillation have seen (seen_data): overlap is not checked")
-        return {"checked": False}
-    counts = {task: seen.count(evaluation.texts(task, args.limit)) for task in tasks}
+def evaluated_texts(
+    args: EvaluateArguments, evaluation: TaskEvaluation, tasks: list[str]
+) -> Iterator[tuple[str, Iterable[str]]]:
+    """What must not have been seen in search or distillation."""
+    for task in tasks:
+        yield task, evaluation.texts(task, args.limit)
     if args.text_dataset is not None:
         rows = load_text(args.text_dataset, args.text_split, subset=args.text_subset)
-        counts[args.text_dataset] = sum(seen.count([row.get("text") or row.get("prompt") or ""]) for row in rows)
-    found = {name: count for name, count in counts.items() if count}
-    if found and not args.allow_overlap:
-        name, count = next(iter(found.items()))
-        raise ValueError(
-            f"{name}: {count} of the evaluation rows were seen in search or distillation; evaluate on others, or "
-            "--allow_overlap true"
-        )
-    return {"checked": True, "seen_rows": found}
+        yield args.text_dataset, map(shown_text, rows)
 
 
 def text_settings(args: EvaluateArguments) -> dict[str, Any]:
@@ -244,7 +205,7 @@ def main(args: EvaluateArguments) -> None:
     for task, reason in skipped.items():
         logger.warning("task %s is left out: %s", task, reason)
     tasks = [task for task in evaluation.tasks if task not in skipped]
-    overlap = check_overlap(args, evaluation, tasks)
+    overlap = args.check_overlap(evaluated_texts(args, evaluation, tasks), folders=[args.stages])
 
     rows = RowFile(folder / ROWS_FILE_NAME, write=state.is_main_process)
     state.wait_for_everyone()  # nobody writes before all have read

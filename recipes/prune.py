@@ -35,6 +35,8 @@ from hf_pdprune.evaluation import (
     write_report,
     write_results,
 )
+from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.pair_layout import CHECKPOINTS
@@ -60,7 +62,7 @@ TRAINING_SETTINGS = (
 
 
 @dataclass
-class PruneArguments:
+class PruneArguments(OverlapConfig):
     """
     What is pruned, and on which text. A data set is `pydoc-topics` (built in), a file or folder of JSON lines, or a
     Hub id.
@@ -158,6 +160,17 @@ def batches(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> list[di
     groups = (examples[begin : begin + args.batch_size] for begin in range(0, len(examples), args.batch_size))
     device = PartialState().device
     return [{key: tensor.to(device) for key, tensor in collator(group).items()} for group in groups]
+
+
+def check_overlap(args: PruneArguments) -> dict[str, Any]:
+    """Held-out text must not be what is calibrated or trained on, nor what a plan that is given was found on."""
+    validation = load_text(args.validation_dataset, args.validation_split, subset=args.validation_subset)
+    sources = [
+        (args.calibration_dataset, args.calibration_split, args.calibration_subset),
+        (args.train_dataset, args.train_split, args.train_subset),
+    ]
+    folders = [] if args.plan is None else [args.plan]
+    return args.check_overlap([(args.validation_dataset, map(shown_text, validation))], folders, sources)
 
 
 def check_context(args: PruneArguments, benchmark: BenchmarkConfig, model: PreTrainedModel) -> None:
@@ -287,7 +300,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     check_context(args, benchmark, model)
     config.check_model(num_blocks(model.config))
     held_out = batches(args, tokenizer)  # unknown data and empty text fail before the long work, not after it
-    load_text(args.train_dataset, args.train_split, subset=args.train_subset)
+    overlap = check_overlap(args)
 
     own = asdict(args)
     searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
@@ -323,6 +336,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
             "quality_all_tokens": quality_all_tokens,
             **SpeedBenchmark(model, *healed, benchmark).run(),
             "distillation": read_json(folder / "distillation.json"),
+            "validation_overlap": overlap,
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
         del model, healed, pairs

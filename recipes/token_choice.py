@@ -17,7 +17,7 @@ import hashlib
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,10 @@ from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
+from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.row_file import RowFile
+from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
 from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PromptWindow
@@ -43,7 +45,7 @@ NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", 
 
 
 @dataclass
-class TokenChoiceArguments:
+class TokenChoiceArguments(OverlapConfig):
     """
     What is compared, and on what.
 
@@ -116,6 +118,7 @@ class TokenChoiceArguments:
             raise ValueError(f"depths must be from 0 to 1, got {self.depths}")
         if not set(self.quantizations) <= set(QUANTIZATIONS):
             raise ValueError(f"quantizations must be of {', '.join(QUANTIZATIONS)}, got {self.quantizations}")
+        super().__post_init__()
 
 
 @dataclass
@@ -276,10 +279,22 @@ def retrieval(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase, st
                 yield Example(f"pairs {tokens} {depth:g}", ids(f"{listing}\n\nAgain:\n{key} ->"), [ids(f" {value}\n")])
 
 
+def evaluated_texts(args: TokenChoiceArguments, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Iterable[str]]]:
+    """What must not have been seen in search or distillation."""
+    yield args.text, map(shown_text, rows)
+    for path in args.questions:
+        yield path, (row["question"] for row in question_rows(path)[args.shots :])
+
+
+def question_rows(path: str) -> list[dict[str, Any]]:
+    """Rows of a file of questions; the first are the shots."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
 def questions(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
     """Few-shot questions; the answer is the completion that is likeliest."""
     for path in args.questions:
-        rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        rows = question_rows(path)
         shots, asked = rows[: args.shots], rows[args.shots :]
         before = "".join(f"{row['question']} {row['choices'][row['answer']]}\n\n" for row in shots)
         for row in random.Random(args.seed).sample(asked, min(args.num_questions, len(asked))):
@@ -339,10 +354,12 @@ def table(means: dict[str, dict[str, dict[str, float]]]) -> ResultTable:
 
 
 def main(args: TokenChoiceArguments) -> None:
+    plan = PruningPlan.from_pretrained(args.plan)
+    rows = load_text(args.text, split="validation")
+    args.check_overlap(evaluated_texts(args, rows), folders=[args.plan])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32", use_safetensors=True).eval()
-    choices = TokenChoices(model, PruningPlan.from_pretrained(args.plan), args)
-    rows = load_text(args.text, split="validation")
+    choices = TokenChoices(model, plan, args)
     stream = [
         token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
     ]

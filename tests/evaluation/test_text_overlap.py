@@ -1,4 +1,4 @@
-from hf_pdprune.evaluation.text_overlap import TextOverlap
+from hf_pdprune.evaluation.text_overlap import TextOverlap, shown_text
 
 
 def test_rows_of_every_kind_are_found():
@@ -16,7 +16,21 @@ def test_rows_of_every_kind_are_found():
 
 
 def test_a_paragraph_of_an_article_counts_once():
-    seen = TextOverlap([{"text": "second"}, {"text": "third"}])
-    assert seen.count(["first\n\nsecond\n\nthird", "first"]) == 1
-    seen.add([{"text": "first"}])
-    assert seen.count(["first\n\nsecond\n\nthird", "first"]) == 2
+    first, second, third = (
+        f"this is the {name} paragraph of an article in the data" for name in ("one", "two", "last")
+    )
+    seen = TextOverlap([{"text": second}, {"text": third}, {"text": "= A heading ="}])
+    assert seen.count([f"{first}\n\n{second}\n\n{third}", first]) == 1
+    assert seen.count([f"= A heading =\n\n{first}"]) == 0
+    seen.add([{"text": first}])
+    assert seen.count([f"{first}\n\n{second}\n\n{third}", first]) == 2
+
+
+def test_what_a_row_shows():
+    system = {"role": "system", "content": "You help."}
+    messages = [system, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    assert shown_text({"messages": messages}) == "Why?" and shown_text({"messages": [system]}) == ""
+    assert shown_text({"prompt": "Why?", "completion": "So."}) == "Why?"
+    text = "A paragraph with some more words than a heading has."
+    assert shown_text({"text": text}) == text and shown_text({"text": " = = See also = = "}) == ""
+    assert TextOverlap([{"messages": messages}]).count(map(shown_text, [{"messages": messages}])) == 1

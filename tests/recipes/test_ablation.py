@@ -28,6 +28,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
     plan = PruningPlan.empty(model, "tiny/llama", prefill=StagePlan((2,)), decode=StagePlan((1, 2, 3)), kv=kv)
     export_stages(model, plan, tmp_path / "pair", tokenizer=tiny_tokenizer)
     write_rows(tmp_path / "text.jsonl", [{"text": text(i, 60)} for i in range(30)])
+    write_rows(tmp_path / "held_out.jsonl", [{"text": f"and {text(i, 60)}"} for i in range(30)])
     questions = [{"question": text(i), "choices": [text(i + 1, 3), text(i + 2, 4)], "answer": i % 2} for i in range(4)]
     write_rows(tmp_path / "piqa.validation.jsonl", questions)
     return {
@@ -43,7 +44,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "calibration_examples": 4,
         "calibration_prompt_tokens": 24,
         "calibration_completion_tokens": 17,
-        "text_dataset": tmp_path / "text.jsonl",
+        "text_dataset": tmp_path / "held_out.jsonl",
         "text_examples": 3,
         "text_prompt_tokens": 40,
         "text_completion_tokens": 6,
@@ -98,6 +99,20 @@ def test_accuracies_stand_beside_the_quality(recipe, options, tmp_path):
     accuracy = rows["cache only"]["result"]["accuracy"]
     assert accuracy["mean"] == accuracy["tasks"]["piqa"] and accuracy["stderr"] >= 0
     assert "accuracy" in (options["output_dir"] / "ablation.md").read_text()
+
+
+def test_text_that_was_seen_is_refused(recipe, options, tmp_path):
+    changes = {"text_dataset": options["calibration_dataset"]}
+    with pytest.raises(ValueError, match="text.jsonl: 30 of the evaluation rows were seen"):
+        run(recipe, options, **changes)
+    assert not options["output_dir"].exists()
+    # Without a search of its own it is what the pair was made on that counts.
+    seen = {"stages": {"train_dataset": str(options["text_dataset"]), "train_split": "train"}}
+    (tmp_path / "pair" / "run.json").write_text(json.dumps(seen))
+    with pytest.raises(ValueError, match="held_out.jsonl: 30 of the evaluation rows were seen"):
+        run(recipe, options, sections=["parts"])
+    run(recipe, options, sections=["parts"], allow_overlap=True)
+    run(recipe, options, sections=["parts"], **changes, output_dir=tmp_path / "other")
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,11 @@ def test_data_that_were_seen_are_refused(recipe, options, tmp_path):
     with pytest.raises(ValueError, match="piqa: 1 of"):
         run(recipe, arguments)
     run(recipe, arguments, allow_overlap=True, limit=3)
+    chat = options["data_folder"] / "chat.jsonl"
+    messages = [{"role": "system", "content": "You help."}, {"role": "user", "content": "Why?"}]
+    write_rows(chat, [{"messages": [*messages, {"role": "assistant", "content": "So."}]}])
+    with pytest.raises(ValueError, match="chat.jsonl: 1 of"):
+        run(recipe, options, text_dataset=chat, seen_data=f"{chat}:any")
     assert read_results(options["stages"])["overlap"] == {"checked": True, "seen_rows": {"piqa": 1}}
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from made_text import write_rows
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
@@ -29,7 +30,8 @@ def options(tiny_llama, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     words = "the quick brown fox jumps over the lazy dog while an old cat sleeps under a warm red stone wall ".split()
     rows = [{"text": " ".join(words[(i * j) % len(words)] for j in range(1, 60))} for i in range(1, 25)]
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(tmp_path / "text.jsonl", rows)
+    write_rows(tmp_path / "held_out.jsonl", [{"text": f"and {row['text']}"} for row in rows[:10]])
     text = str(tmp_path / "text.jsonl")
     return {
         "model_name_or_path": str(tmp_path / "model"),
@@ -62,7 +64,7 @@ def options(tiny_llama, tiny_tokenizer, tmp_path):
         "save_steps": 1,
         "report_to": "none",
         "use_cpu": True,
-        "validation_dataset": text,
+        "validation_dataset": str(tmp_path / "held_out.jsonl"),
         "validation_examples": 4,
         "validation_prompt_tokens": 40,
         "validation_completion_tokens": 8,
@@ -167,6 +169,35 @@ def test_bad_input_is_an_error_before_anything_is_written(prune, options, tmp_pa
     with pytest.raises(ValueError, match=message):
         run(prune, options, **changes)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("part", ["calibration", "train"])
+def test_held_out_text_that_was_seen_is_refused(prune, options, tmp_path, part, monkeypatch):
+    other = tmp_path / "other.jsonl"
+    write_rows(
+        other,
+        [{"text": f"{number} is where a line of still another text begins, and goes on"} for number in range(24)],
+    )
+    changes = {f"{name}_dataset": str(other) for name in ("calibration", "train") if name != part}
+    changes["validation_dataset"] = options[f"{part}_dataset"]
+    with pytest.raises(ValueError, match="text.jsonl: 24 of the evaluation rows were seen in search or distillation"):
+        run(prune, options, **changes)
+    assert not (tmp_path / "run").exists()
+
+    def searched(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prune, "search", searched)
+    with pytest.raises(KeyboardInterrupt):
+        run(prune, options, **changes, allow_overlap=True)
+
+
+def test_what_a_given_plan_was_found_on_counts_as_seen(prune, options, tiny_llama, tmp_path):
+    PruningPlan.empty(tiny_llama, "tiny").save_pretrained(tmp_path / "plan")
+    found = {"plan": {"calibration_dataset": options["validation_dataset"], "calibration_split": "validation"}}
+    (tmp_path / "plan" / "run.json").write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="held_out.jsonl: 10 of the evaluation rows were seen"):
+        run(prune, options, plan=tmp_path / "plan")
 
 
 def test_empty_text_is_an_error_that_names_the_file(prune, options, tmp_path):

@@ -112,6 +112,16 @@ def test_an_interrupted_run_goes_on(means, recipe, tmp_path, monkeypatch):
     assert means(repeats=0) == first and made == ["yes"]
 
 
+def test_text_and_questions_that_were_seen_are_refused(means, options, tmp_path):
+    run_file = options["plan"] / "run.json"
+    for seen, message in ((options["text"], "text.jsonl: 20 of the"), (options["questions"], "yes.jsonl: 2 of the")):
+        run_file.write_text(json.dumps({"plan": {"calibration_dataset": str(seen), "calibration_split": "train"}}))
+        with pytest.raises(ValueError, match=message):
+            means()
+    assert not options["output_dir"].exists()
+    assert means(repeats=0, num_texts=0, allow_overlap=True)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

@@ -71,13 +71,32 @@ def load_text(
     """
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows must be at least 1, found {max_rows}")
-    # A path may contain a comma.
-    sources = [source] if Path(source).expanduser().exists() else [part.strip() for part in source.split(",")]
-    if not all(sources):
-        raise ValueError(f"source {source!r} holds an empty name")
-
-    rows = _interleave({name: _source_rows(name, split, subset, text_column, max_rows) for name in sources})
+    names = _joined(source)
+    rows = _interleave({name: _source_rows(name, split, subset, text_column, max_rows) for name in names})
     return datasets.Dataset.from_list(rows[:max_rows])
+
+
+def single_sources(source: str, split: str, subset: str | None = None) -> list[str]:
+    """
+    What [`load_text`] would read, one by one: the names that commas join, and the files of a folder. Read by itself,
+    each keeps its columns.
+
+    Raises:
+        As [`load_text`], where a name is empty or a folder has no file for the split.
+    """
+    names = []
+    for name in _joined(source):
+        path = Path(name).expanduser()
+        names += map(str, _split_files(path, split, subset)) if path.is_dir() else [name]
+    return names
+
+
+def _joined(source: str) -> list[str]:
+    # A path may contain a comma.
+    names = [source] if Path(source).expanduser().exists() else [part.strip() for part in source.split(",")]
+    if not all(names):
+        raise ValueError(f"source {source!r} holds an empty name")
+    return names
 
 
 def _source_rows(

@@ -5,6 +5,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 
+# A line or paragraph with fewer letters (a heading, "see also") is in many texts that have nothing else in common.
+_LEAST_LETTERS = 40
+
+
 class TextOverlap:
     """
     Hashes of texts that a search or a training has seen. Upper and lower case and white space do not count, and a
@@ -41,13 +45,31 @@ class TextOverlap:
             self._hashes.update(text_hash(text) for text in texts)
 
     def count(self, texts: Iterable[str]) -> int:
-        """How many of the texts were seen. Of a text of several paragraphs each one is looked up too."""
-        return sum(
-            any(text_hash(part) in self._hashes for part in (text, *text.split("\n\n")) if part.strip())
-            for text in texts
-        )
+        """How many of the texts were seen. Of a text of several paragraphs each one is looked up too, unless short."""
+        return sum(any(text_hash(part) in self._hashes for part in _parts(text)) for text in texts)
+
+
+def shown_text(row: Mapping[str, Any]) -> str:
+    """
+    What of a row that is evaluated must not have been seen: its text, its prompt, or the first message of its
+    conversation. What many rows share does not count and is empty here: a system message, a short line of text.
+    """
+    if "messages" in row:
+        return next((message["content"] for message in row["messages"] if message["role"] != "system"), "")
+    if "text" in row:
+        return "" if _is_short(row["text"]) else row["text"]
+    return row["prompt"]
 
 
 def text_hash(text: str) -> bytes:
     """SHA-256 of a text in lower case with single blanks."""
     return hashlib.sha256(" ".join(text.lower().split()).encode()).digest()
+
+
+def _parts(text: str) -> list[str]:
+    """The text, and its paragraphs that are not short."""
+    return [part for part in (text, *(part for part in text.split("\n\n") if not _is_short(part))) if part.strip()]
+
+
+def _is_short(text: str) -> bool:
+    return sum(letter.isalnum() for letter in text) < _LEAST_LETTERS
