@@ -53,8 +53,24 @@ def test_blocks_fade_before_they_go(plan):
     assert fading == set(plan.decode.missing_blocks) - set(removal.plan_of_round(1).decode.missing_blocks)
     removal.move_to(10, 20)
     assert set(removal.scales["prefill"]) <= fading and not removal.is_complete
-    with pytest.raises(ValueError, match="removal_fade_steps"):
-        removal.on_train_begin(None, SimpleNamespace(max_steps=6), None)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "fraction", "max_steps", "longest"),
+    [
+        (1, 0.5, 10, 9),  # one round begins at once and has all steps but one
+        (2, 1.0, 6, 2),  # the last one begins at step 3
+        (4, 0.5, 100, 12),  # rounds of 12.5 steps
+        (3, 0.0, 100, 0),
+        (1, 0.5, 1, 0),
+    ],
+)
+def test_every_round_is_long_enough_for_its_blocks_to_fade(plan, rounds, fraction, max_steps, longest):
+    state = SimpleNamespace(max_steps=max_steps)
+    BlockRemovalCallback(plan, rounds, fraction, longest).on_train_begin(None, state, None)
+    message = rf"removal_fade_steps={longest + 1} is too long: .* at most {longest} fits"
+    with pytest.raises(ValueError, match=message):
+        BlockRemovalCallback(plan, rounds, fraction, longest + 1).on_train_begin(None, state, None)
 
 
 def test_rounds_may_choose_their_blocks(plan):

@@ -47,3 +47,10 @@ def test_packing_is_that_which_makes_plain_rows(tmp_path):
 def test_float32_is_the_default_on_cpu(tmp_path):
     assert not PDPruneConfig(str(tmp_path), use_cpu=True).bf16
     assert PDPruneConfig(str(tmp_path), use_cpu=True, bf16=True).bf16
+
+
+def test_fading_and_the_closed_form_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="removal_fade_steps needs local_distillation_tokens=0"):
+        PDPruneConfig(str(tmp_path), removal_fade_steps=3)
+    assert PDPruneConfig(str(tmp_path), removal_fade_steps=3, local_distillation_tokens=0)
+    assert PDPruneConfig(str(tmp_path), removal_fade_steps=3, stage="decode", full_finetuning=True)

@@ -244,7 +244,7 @@ def test_adapters_of_an_earlier_training_go_on(tiny_llama, make_trainer, adapter
         {"cross_entropy_weight": 0.5},
         {"hidden_matching_weight": 1.0},
         {"hidden_matching_weight": 1.0, "hidden_matching_blocks": [0]},
-        {"removal_fade_steps": 1},
+        {"local_distillation_tokens": 0, "removal_fade_steps": 1},
     ],
     ids=lambda options: "+".join(options),
 )

@@ -113,11 +113,14 @@ class BlockRemovalCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.fade_steps and self.first_step(self.rounds, state.max_steps) + self.fade_steps >= state.max_steps:
+        starts = [self.first_step(number, state.max_steps) for number in range(1, self.rounds + 1)]
+        ends = [*starts[1:], state.max_steps - 1]  # after fading there is a step without the last round's blocks
+        longest = max(0, min(end - start for start, end in zip(starts, ends, strict=True)))
+        if self.fade_steps > longest:
             raise ValueError(
-                f"removal_fade_steps={self.fade_steps} is too long: the last of {self.rounds} rounds begins at step "
-                f"{self.first_step(self.rounds, state.max_steps)} of {state.max_steps}, so its blocks would never be "
-                "removed"
+                f"removal_fade_steps={self.fade_steps} is too long: in {state.max_steps} steps with removal_rounds="
+                f"{self.rounds} and removal_fraction={self.fraction} a round's blocks have {longest} steps to fade "
+                f"before the next round or the end of training; at most {longest} fits"
             )
 
     def on_step_begin(

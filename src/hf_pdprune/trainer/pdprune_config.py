@@ -43,7 +43,7 @@ class PDPruneConfig(SFTConfig):
             Part of the training steps by which all rounds have begun; the rest heals the final stages.
         removal_fade_steps (`int`, *optional*, defaults to `0`):
             Steps at the beginning of a round over which what its blocks add to the hidden states is scaled from 1 to
-            0, before they are removed; 0 removes them at once.
+            0, before they are removed; 0 removes them at once. Needs `local_distillation_tokens=0`.
         search_in_rounds (`bool`, *optional*, defaults to `False`):
             Whether every round after the first chooses its blocks anew, with the adapters as they are by then; only
             how many go is then the plan's. `False` takes the plan as it is.
@@ -191,6 +191,11 @@ class PDPruneConfig(SFTConfig):
             )
         if self.search_in_rounds and self.removal_rounds < 2:
             raise ValueError("search_in_rounds has no effect with removal_rounds=1: the first round takes the plan's")
+        if self.removal_fade_steps and self.local_distillation_tokens and not self.full_finetuning:
+            raise ValueError(
+                "removal_fade_steps needs local_distillation_tokens=0: the fit in closed form gives the missing "
+                "blocks' work to their neighbours before the first step, and fading blocks would do it a second time"
+            )
         if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
             raise ValueError(
                 "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined "
