@@ -202,7 +202,7 @@ class Study:
         return pairs
 
     def _objective(self, text: Text, pairs: MergedPairs) -> Objective:
-        subject = text.calibration.digest + pairs.digest
+        subject = text.calibration.round_digest + pairs.digest
         journal = SearchJournal(self.folder / "journals" / f"{subject}.jsonl", subject)
         return Objective(self.model, text.calibration, 4 << 30, journal, merged_pairs=pairs)
 

@@ -59,6 +59,7 @@ def test_memory_is_stated(tiny_llama, calibration):
     assert full.nbytes == full.num_completion_tokens * (256 + 2) * 4
     assert half.nbytes == half.num_completion_tokens * (256 * 2 + 2 * 4)
     assert full.digest != half.digest
+    assert full.round_digest == full.digest  # names the journals of one process
 
 
 def test_from_rows_of_text(tiny_llama, tiny_tokenizer):

@@ -31,7 +31,7 @@ def test_another_search_is_refused(tmp_path):
     path = tmp_path / "journal.jsonl"
     SearchJournal(path, "subject").add("plan", 0, 0.5)
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="another model or calibration"):
+    with pytest.raises(ValueError, match="another model, calibration set or number"):
         SearchJournal(path, "other subject")
     assert path.read_bytes() == before
     path.write_text("something else\n")

@@ -162,5 +162,5 @@ def test_bad_requests_fail_before_anything_is_spent(setup, tiny_model, calibrati
 def test_a_folder_with_another_search_is_refused(setup, calibration, tmp_path):
     model, data, statistics = setup
     search_plan(model, data, statistics, config(strategy="one_shot"), tmp_path)
-    with pytest.raises(ValueError, match="another model or calibration set"):
+    with pytest.raises(ValueError, match="another model, calibration set"):
         search_plan(model, calibration(model, seed=5), statistics, config(strategy="one_shot"), tmp_path)

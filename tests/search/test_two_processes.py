@@ -74,3 +74,12 @@ def test_one_process_finds_the_same_on_the_same_examples(searched, tmp_path, nam
     assert of_two["plan"] == alone["plan"]
     assert of_two["redundancy"] == pytest.approx(alone["redundancy"])
     assert of_two["energy"] == pytest.approx(alone["energy"], rel=1e-5)
+
+
+def test_two_processes_do_not_go_on_where_one_stopped_nor_the_reverse(searched):
+    # An entry of their journal is the sum of two batches.
+    outcome = run(searched[0] / "greedy", JOBS["greedy"])
+    assert (
+        "search_journal.jsonl is the journal of a search with another model, calibration set or number"
+        in (outcome["error"])
+    )

@@ -207,6 +207,15 @@ class Calibration:
         return (batch.tensors for batch in self._batches)
 
     @property
+    def round_digest(self) -> str:
+        """
+        Tells calibrations apart whose sums per round may differ: the digest, and where several processes run their
+        number, since a round is then a batch of each.
+        """
+        processes = PartialState().num_processes
+        return self.digest if processes == 1 else f"{self.digest}-{processes}-processes"
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the dense model's predictions take in this process."""
         return sum(batch.first.nbytes + batch.rest.nbytes for batch in self._batches)

@@ -93,7 +93,7 @@ class Objective:
         self.model = model
         self.calibration = calibration
         self.dense_plan = PruningPlan.empty(model)
-        self.journal = SearchJournal(None, calibration.digest) if journal is None else journal
+        self.journal = SearchJournal(None, calibration.round_digest) if journal is None else journal
         self.cost = SearchCost()
         self.forward = IncrementalForward(
             model, calibration, hidden_cache_bytes, hidden_cache_dtype, merged_pairs, adapters

@@ -15,20 +15,22 @@ logger = logging.getLogger(__name__)
 
 class SearchJournal:
     """
-    A file of lines, one for every batch on which a plan was measured, flushed one by one. The first line says of what
-    model and calibration they are. A search that is started again with the same journal is the same search: it draws
-    the same random numbers, takes known energies from the journal instead of computing them, and so arrives where it
-    was interrupted, with its random generator in the state in which it was.
+    A file of lines, one for every round (a batch of each process) on which a plan was measured, flushed one by one.
+    The first line says of what model and calibration they are, and of how many processes. A search that is started
+    again with the same journal is the same search: it draws the same random numbers, takes known energies from the
+    journal instead of computing them, and so arrives where it was interrupted, with its random generator in the state
+    in which it was.
 
     Where several processes run, the main one alone reads and writes the file, and the others learn from it what is
     known: none may know more than another one, or they would not measure the same plans together.
 
     Args:
         path (`str` or `os.PathLike`, *optional*): The file. Without one nothing is written.
-        subject (`str`): Digest of the model and calibration on which the energies are measured.
+        subject (`str`): Digest of the model and calibration on which the energies are measured, see
+            [`Calibration.round_digest`].
 
     Raises:
-        `ValueError`: If the file is a journal of another model or calibration, or no journal.
+        `ValueError`: If the file is a journal of another subject, or no journal.
     """
 
     def __init__(self, path: str | os.PathLike | None, subject: str):
@@ -43,11 +45,11 @@ class SearchJournal:
         return len(self._entries)
 
     def get(self, plan: str, batch: int) -> float | None:
-        """The sum of KL that was measured of a plan (its digest) on a batch."""
+        """The sum of KL that was measured of a plan (its digest) in a round."""
         return self._entries.get((plan, batch))
 
     def add(self, plan: str, batch: int, kl_sum: float) -> None:
-        """Records what was measured of a plan on a batch."""
+        """Records what was measured of a plan in a round."""
         self._entries[plan, batch] = kl_sum
         if self._writes:
             self._append({"plan": plan, "batch": batch, "kl_sum": kl_sum})
@@ -87,8 +89,8 @@ class SearchJournal:
             raise ValueError(f"{self.path} is not a search journal: {error!r}") from error
         if subject != self.subject:
             raise ValueError(
-                f"{self.path} is the journal of a search with another model or calibration set; remove it, or choose "
-                "another output folder"
+                f"{self.path} is the journal of a search with another model, calibration set or number of processes; "
+                "remove it, or choose another output folder"
             )
         if torn:  # the process was killed while it wrote this line
             with self.path.open("r+", encoding="utf-8") as file:

@@ -206,7 +206,7 @@ def _objective(
 ) -> Objective:
     path = None if output_dir is None else Path(output_dir) / name
     cache_dtype = None if config.hidden_cache_dtype is None else getattr(torch, config.hidden_cache_dtype)
-    subject = "-".join(filter(None, (calibration.digest, config.hidden_cache_dtype, merged_pairs.digest)))
+    subject = "-".join(filter(None, (calibration.round_digest, config.hidden_cache_dtype, merged_pairs.digest)))
     return Objective(
         model,
         calibration,
