@@ -3,32 +3,47 @@ What a hand-over costs over slow links: bytes, time to the first token, time per
 
     python recipes/handover.py --stages outputs/demo --dense HuggingFaceTB/SmolLM2-135M-Instruct
 
-Three hand-overs are compared: of the dense model, by the plan, and by the plan with quantised KV entries. Compute is
-timed, prefill here and decode in a process of its own, over a loopback socket that keeps to each link's pace
-(`measured`); a model of the link gives the times where it is faster than this loopback (`modelled`). Into the
-folder of the stages goes `handover.json`; the last line on stdout is JSON.
+Three hand-overs are compared: of the dense model, by the plan, and by the plan with quantised KV entries; each in one
+piece and streamed block by block, and each with the first token from prefill and from decode, whose TTFT contains the
+transfer. Compute is timed, prefill here and decode in a process of its own (on a GPU each where there are two, on the
+same one, or on the CPU), over a loopback socket that keeps to each link's pace (`measured`); a model of the link gives
+the times over links that are faster than this loopback (`modelled`). Into the folder of the stages go `handover.json`
+and the report; the last line on stdout is JSON.
 """
 
 import json
 import socket
-import statistics
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
+from accelerate import PartialState
 from torch import multiprocessing
-from transformers import AutoModelForCausalLM
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import write_artefact
-from hf_pdprune.evaluation.result_table import ResultTable, megabytes
+from hf_pdprune.evaluation import write_report
+from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.environment import describe_environment
+from hf_pdprune.evaluation.handover_times import HandoverTimes, measured_and_modelled
+from hf_pdprune.evaluation.link_report import HANDOVER_FILE_NAME, gain_table, link_table, verdicts
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.inference import LINKS, DecodeStage, Link, PrefillStage, ThrottledSender, receive_frame
-from hf_pdprune.kv import QUANTIZATIONS, PayloadReader
+from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PayloadReader
 from hf_pdprune.pair_layout import stage_folders
+
+
+PLACES = ("stages", "dense")
+WHOLE, STREAMED = "in one piece", "block by block"
+FIRST_TOKENS = ("prefill", "decode")
 
 
 @dataclass
@@ -44,17 +59,17 @@ class HandoverArguments:
         prompt_tokens (`int`, *optional*, defaults to `1024`):
             Length of the prompt.
         decode_tokens (`int`, *optional*, defaults to `16`):
-            Tokens after the first one.
+            Tokens that decode generates.
         quantization (`str`, *optional*, defaults to `"int4"`):
             Of the third hand-over: fp8, int8 or int4.
         gbit_per_second (`list[float]`, *optional*, defaults to `[0.2, 1, 10]`):
-            Links that are measured through the socket.
+            Bandwidths of the links that are measured through the socket.
         latency_ms (`float`, *optional*, defaults to `0.05`):
             Their latency.
-        repeats (`int`, *optional*, defaults to `3`):
-            Hand-overs of each kind; the median is told.
-        threads (`int`, *optional*, defaults to `1`):
-            CPU threads of each process.
+        repeats (`int`, *optional*, defaults to `2`):
+            Hand-overs of each kind over each link, sent each way; the median is told.
+        threads (`int`, *optional*):
+            CPU threads of each process: they compute one after the other. Default: those that torch takes.
     """
 
     stages: str = field(metadata={"help": "Folder of the pair, as recipes/prune.py writes it."})
@@ -62,21 +77,26 @@ class HandoverArguments:
         default=None, metadata={"help": "The dense model: repo id or folder. Default: the one that the plan names."}
     )
     prompt_tokens: int = field(default=1024, metadata={"help": "Length of the prompt."})
-    decode_tokens: int = field(default=16, metadata={"help": "Tokens after the first one."})
+    decode_tokens: int = field(default=16, metadata={"help": "Tokens that decode generates."})
     quantization: str = field(default="int4", metadata={"help": "Of the third hand-over: fp8, int8 or int4."})
     gbit_per_second: list[float] = field(
-        default_factory=lambda: [0.2, 1.0, 10.0], metadata={"help": "Links that are measured through the socket."}
+        default_factory=lambda: [0.2, 1.0, 10.0], metadata={"help": "Bandwidths of the links that are measured."}
     )
     latency_ms: float = field(default=0.05, metadata={"help": "Their latency."})
-    repeats: int = field(default=3, metadata={"help": "Hand-overs of each kind; the median is told."})
-    threads: int = field(default=1, metadata={"help": "CPU threads of each process."})
+    repeats: int = field(
+        default=2, metadata={"help": "Hand-overs of each kind over each link, sent each way; the median is told."}
+    )
+    threads: int | None = field(
+        default=None, metadata={"help": "CPU threads of each process. Default: those that torch takes."}
+    )
 
     def __post_init__(self):
         if self.quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {self.quantization!r}")
         for name, least in (("prompt_tokens", 2), ("decode_tokens", 2), ("repeats", 1), ("threads", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         for rate in self.gbit_per_second:
             Link("", rate, self.latency_ms / 1000)
 
@@ -89,138 +109,201 @@ class Case:
     prefill: str
     decode: str
     plan: PruningPlan
+    dtype: str
     quantization: str | None = None
 
 
 def cases(args: HandoverArguments) -> list[Case]:
-    """The three that are compared."""
+    """The three that are compared, in one dtype: that of the dense model, on a CPU float32."""
     folder = Path(args.stages)
     plan = PruningPlan.from_pretrained(folder)
-    dense = args.dense or plan.base_model
-    empty = PruningPlan.empty(AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True), dense)
     stages = [str(path) for path in stage_folders(folder).values()]
+    dense = args.dense or plan.base_model
+    model = AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True)
+    dtype = "float32" if device_of(0).type == "cpu" else str(model.dtype).removeprefix("torch.")
     return [
-        Case("dense", dense, dense, empty),
-        Case("plan", *stages, plan),
-        Case(f"plan + {args.quantization}", *stages, plan, args.quantization),
+        Case("dense", dense, dense, PruningPlan.empty(model, dense), dtype),
+        Case("plan", *stages, plan, dtype),
+        Case(f"plan + {args.quantization}", *stages, plan, dtype, args.quantization),
     ]
 
 
-def decode_process(case: Case, port: int, args: HandoverArguments) -> None:
-    """Takes payloads, whole ones and streams, and answers with the times at which it had what."""
-    torch.set_num_threads(args.threads)
-    model = AutoModelForCausalLM.from_pretrained(case.decode, dtype="float32", use_safetensors=True).eval()
-    stage = DecodeStage(model, case.plan)
+def device_of(process: int) -> torch.device:
+    """Where prefill (0) and decode (1) run: a GPU each, the same one, or the CPU, as this machine has them."""
+    gpus = torch.cuda.device_count()
+    return torch.device("cuda", process % gpus) if gpus else torch.device("cpu")
+
+
+def load(folder: str, dtype: str, process: int) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return model.eval().to(device_of(process))
+
+
+class TokenClock(BaseStreamer):
+    """Notes when `generate` had each token."""
+
+    def __init__(self):
+        self._calls: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self._calls.append(time.monotonic())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def tokens(self) -> list[float]:
+        return self._calls[1:]  # what is put first is the prompt
+
+
+def decode_process(case: Case, port: int, new_tokens: int, threads: int) -> None:
+    """Takes payloads in one piece or block by block, and answers with the times at which it had what."""
+    torch.set_num_threads(threads)
+    stage = DecodeStage(load(case.decode, case.dtype, 1), case.plan)
     with socket.create_connection(("127.0.0.1", port)) as connection:
-        reader = PayloadReader(case.plan.digest)
-        while frame := receive_frame(connection):
-            payload = reader.feed(frame)
-            if payload is None:
-                continue
-            reader, times = PayloadReader(case.plan.digest), [time.monotonic()]
-            stage.generate(payload, max_new_tokens=2, do_sample=False, eos_token_id=None)
-            times.append(time.monotonic())
-            stage.generate(payload, max_new_tokens=1 + args.decode_tokens, do_sample=False, eos_token_id=None)
-            times.append(time.monotonic())
-            connection.sendall(json.dumps(times).encode() + b"\n")
+        while order := receive_frame(connection):
+            frame = receive_frame(connection)
+            arrived = time.monotonic()
+            if order.decode() == WHOLE:
+                payload = KVPayload.from_bytes(frame)
+            else:
+                reader = PayloadReader(case.plan.digest)
+                while (payload := reader.feed(frame)) is None:
+                    frame = receive_frame(connection)
+                    arrived = time.monotonic()
+            unpacked, clock = time.monotonic(), TokenClock()
+            # A first token that prefill gave counts as one of them.
+            tokens = new_tokens + (payload.first_token is not None)
+            stage.generate(payload, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+            connection.sendall(json.dumps([arrived, unpacked, clock.tokens]).encode() + b"\n")
 
 
-def measure(case: Case, links: list[Link], args: HandoverArguments) -> dict[str, Any]:
-    """The times of one kind of hand-over over each link, medians in seconds."""
-    model = AutoModelForCausalLM.from_pretrained(case.prefill, dtype="float32", use_safetensors=True).eval()
-    stage = PrefillStage(model, case.plan, quantization=case.quantization)
-    prompt = torch.randint(3, model.config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        process = multiprocessing.get_context("spawn").Process(
-            target=decode_process, args=(case, server.getsockname()[1], args), daemon=True
+class PrefillSide:
+    """
+    This process: the prefill stage, and the connection to the process that decodes.
+
+    Args:
+        case (`Case`): What it loads, and how it sends.
+        args (`HandoverArguments`): Length of the prompt.
+    """
+
+    def __init__(self, case: Case, args: HandoverArguments):
+        self.model = load(case.prefill, case.dtype, 0)
+        self.quantization = case.quantization
+        # In one piece, entries are quantised when the first token is there, not before.
+        whole = PrefillStage(self.model, case.plan)
+        streamed = PrefillStage(self.model, case.plan, fingerprint=whole.fingerprint, quantization=case.quantization)
+        self.stages = {WHOLE: whole, STREAMED: streamed}
+        prompt = torch.randint(
+            3, self.model.config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0)
         )
+        self.prompt = prompt.to(self.model.device)
+
+    def hand_over(
+        self, connection: socket.socket, answers: TextIO, link: Link, sent: str, first_token: str
+    ) -> HandoverTimes:
+        """One hand-over over a link."""
+        order = sent.encode()
+        connection.sendall(len(order).to_bytes(8, "little") + order)
+        frames: list[tuple[float, int]] = []
+        sender = ThrottledSender(connection, link)
+        begun = time.monotonic()
+
+        def send(frame: bytes) -> None:
+            frames.append((time.monotonic() - begun, len(frame)))
+            sender.send(frame)
+
+        payload = self.stages[sent](
+            self.prompt,
+            first_token=first_token,
+            send=send if sent == STREAMED else None,
+            do_sample=False,
+            min_new_tokens=2,  # a first token that ended the text would leave decode nothing to do
+        )
+        if self.prompt.device.type != "cpu":
+            torch.cuda.synchronize(self.prompt.device)
+        prefilled = time.monotonic() - begun
+        if sent == WHOLE:
+            send((payload if self.quantization is None else payload.quantized(self.quantization)).to_bytes())
+        sender.close()
+        answer = answers.readline()
+        if not answer:
+            raise ConnectionError("the decode process ended before it answered")
+        arrived, unpacked, tokens = json.loads(answer)
+        tokens = tuple(token - begun for token in tokens)
+        return HandoverTimes(prefilled, tuple(frames), arrived - begun, unpacked - begun, tokens)
+
+
+def measure(case: Case, links: list[Link], args: HandoverArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Hand-overs of one kind, over each link, sent both ways, with the first token from either; and where they ran."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        decode = (case, server.getsockname()[1], args.decode_tokens, torch.get_num_threads())
+        process = multiprocessing.get_context("spawn").Process(target=decode_process, args=decode, daemon=True)
         process.start()
-        server.settimeout(300)  # loading a model is part of it; a process that failed never comes
-        connection, _ = server.accept()
-        connection.settimeout(None)
-    times: dict[str, dict[str, list[float]]] = {link.name: {} for link in links}
+        side = PrefillSide(case, args)
+        connection = accept(server, process)
+    runs = []
     with connection, connection.makefile() as answers:
-        for repeat in range(args.repeats + 1):
-            for link in links:
-                result, frames = hand_over(stage, prompt, connection, answers, link)
-                if repeat == 0:  # warms up both processes
-                    continue
-                for name, seconds in result.items():
-                    times[link.name].setdefault(name, []).append(seconds)
+        side.hand_over(connection, answers, links[-1], STREAMED, "decode")  # warms up both processes
+        turns = list(product(range(args.repeats), links, side.stages, FIRST_TOKENS))
+        for _, link, sent, first_token in tqdm(turns, desc=case.name, unit="hand-over"):
+            times = side.hand_over(connection, answers, link, sent, first_token)
+            runs.append(
+                {"link": link.name, "kind": case.name, "sent": sent, "first_token": first_token, "times": times}
+            )
         connection.sendall(bytes(8))
     process.join()
-    measured = {link: {name: statistics.median(v) for name, v in values.items()} for link, values in times.items()}
-    steps = [(values["decode"] - values["decode_first"]) / (args.decode_tokens - 1) for values in measured.values()]
-    return {
-        "bytes_sent": sum(nbytes for _, nbytes in frames),
-        "bytes_dense": stage(prompt, do_sample=False).nbytes_dense,
-        "frames": frames,
-        "tpot": statistics.median(steps),
-        "measured": measured,
-    }
+    return runs, describe_environment(side.model)
 
 
-def hand_over(
-    stage: PrefillStage, prompt: torch.Tensor, connection: socket.socket, answers: Any, link: Link
-) -> tuple[dict[str, float], list[tuple[float, int]]]:
-    """One hand-over, streamed block by block: its times, and when each frame was ready with how many bytes."""
-    frames: list[tuple[float, int]] = []
-    sender = ThrottledSender(connection, link)
-    begun = time.monotonic()
-
-    def send(frame: bytes) -> None:
-        frames.append((time.monotonic() - begun, len(frame)))
-        sender.send(frame)
-
-    stage(prompt, do_sample=False, send=send)
-    prefilled = time.monotonic()
-    sender.close()
-    received, first, last = json.loads(answers.readline())
-    return {
-        "prefill": prefilled - begun,
-        "arrival": received - begun,
-        "exposed_transfer": received - prefilled,
-        "second_token": first - begun,
-        "decode_first": first - received,
-        "decode": last - first,
-    }, frames
+def accept(server: socket.socket, process: multiprocessing.Process) -> socket.socket:
+    """The connection of the process that decodes, when it has loaded its model; an error if it ends before."""
+    server.settimeout(1)
+    while True:
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            if process.exitcode is not None:
+                raise ConnectionError(f"the decode process ended with exit code {process.exitcode}") from None
+        else:
+            connection.settimeout(None)
+            return connection
 
 
-def modelled(result: dict[str, Any], links: tuple[Link, ...]) -> dict[str, dict[str, float]]:
-    """What each link adds to prefill, block by block and in one piece after it, in seconds."""
-    prefill = statistics.median(values["prefill"] for values in result["measured"].values())
-    return {
-        link.name: {
-            "prefill": prefill,
-            "transfer": link.seconds(result["bytes_sent"]),
-            "exposed_transfer": max(0.0, link.arrival(result["frames"]) - prefill),
-            "share_of_prefill": link.seconds(result["bytes_sent"]) / prefill,
-        }
-        for link in links
-    }
-
-
-def table(results: dict[str, Any]) -> ResultTable:
-    """One row per link and kind of hand-over."""
-    rows = [["link", "hand-over", "sent", "prefill", "not hidden", "second token", "TPOT"]]
-    for name, result in results.items():
-        for link, values in result["measured"].items():
-            columns = [f"{1000 * values[key]:.0f} ms" for key in ("prefill", "exposed_transfer", "second_token")]
-            rows.append([link, name, megabytes(result["bytes_sent"]), *columns, f"{1000 * result['tpot']:.1f} ms"])
-    return ResultTable([rows[0], *sorted(rows[1:], key=lambda row: row[0])])
+def summary(measured: list[dict[str, Any]], modelled: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last line: of each kind the bytes, a decode step, and by link the soonest first token from decode."""
+    result: dict[str, Any] = {}
+    for row in measured + modelled:
+        own = result.setdefault(row["kind"], {"bytes_sent": row["bytes_sent"], "tpot": row["tpot"], "ttft_decode": {}})
+        soonest = own["ttft_decode"]
+        soonest[row["link"]] = min(row["ttft_decode"], soonest.get(row["link"], row["ttft_decode"]))
+    return result
 
 
 def main(args: HandoverArguments) -> None:
-    torch.set_num_threads(args.threads)
+    if not PartialState().is_main_process:  # a second process beside it would only disturb the measurement
+        return
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     links = [Link(f"{rate:g} Gbit/s", rate, args.latency_ms / 1000) for rate in args.gbit_per_second]
-    results = {}
+    runs = []
     for case in cases(args):
-        results[case.name] = measure(case, links, args)
-        results[case.name]["modelled"] = modelled(results[case.name], LINKS)
-    write_artefact(Path(args.stages) / "handover.json", results)
-    print(table(results).to_text(), "\n")
-    summary = {name: {"bytes_sent": r["bytes_sent"], "tpot": r["tpot"]} for name, r in results.items()}
-    print(json.dumps(summary))
+        of_case, environment = measure(case, links, args)
+        runs += of_case
+    measured, modelled = measured_and_modelled(runs, LINKS)
+    settings = {name: value for name, value in asdict(args).items() if name not in PLACES}
+    artefact = {"settings": settings, "environment": environment, "measured": measured, "modelled": modelled}
+    write_artefact(Path(args.stages) / HANDOVER_FILE_NAME, artefact)
+    record_command(args.stages, "handover", command_line("recipes/handover.py", args, folders=PLACES))
+    write_report(args.stages)
+
+    print("measured over a throttled loopback socket\n")
+    print(link_table(measured).to_text(), "\n")
+    print("by a model of the link\n")
+    print(link_table(modelled).to_text(), "\n")
+    print(gain_table(modelled).to_text(), "\n")
+    print("\n".join(verdicts(modelled)), "\n")
+    print(json.dumps(summary(measured, modelled)))
 
 
 if __name__ == "__main__":

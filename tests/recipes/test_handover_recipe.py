@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from hf_pdprune.hub import export_stages
+from hf_pdprune.inference import LINKS
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -25,25 +26,48 @@ def test_three_hand_overs_over_two_links(tiny_llama, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout.splitlines()[-1])
     assert list(summary) == ["dense", "plan", "plan + int4"]
-    results = json.loads((tmp_path / "stages" / "handover.json").read_text())
-    sent = [results[name]["bytes_sent"] for name in results]
+    handover = json.loads((tmp_path / "stages" / "handover.json").read_text())
+    assert handover["settings"]["prompt_tokens"] == 100 and handover["environment"]["dtype"] == "float32"
+
+    measured, modelled = handover["measured"], handover["modelled"]
+    kinds = [(kind, sent) for kind in summary for sent in ("in one piece", "block by block")]
+    assert [(row["link"], row["kind"], row["sent"]) for row in measured] == [
+        (link, *kind) for link in ("0.01 Gbit/s", "1 Gbit/s") for kind in kinds
+    ]
+    assert [row["link"] for row in modelled[::6]] == [link.name for link in LINKS]
+    for row in measured + modelled:
+        # Where decode gives the first token, TTFT contains prefill, hand-over and a step; else the second one waits.
+        assert row["ttft_decode"] > row["hand_over"] and row["second_token"] > row["ttft"] > 0
+        assert row["tpot"] > 0 and 0 <= row["hand_over_share"] < 1
+    for row in measured[:6]:
+        if row["sent"] == "in one piece":  # what has arrived cannot have come faster than the link allows
+            assert row["hand_over"] >= 8 * 0.99 * row["bytes_sent"] / 1e7
+    sent = [row["bytes_sent"] for row in measured[:6:2]]
     assert sent == sorted(sent, reverse=True)
-    for name, blocks in (("dense", 6), ("plan", 5), ("plan + int4", 5)):
-        result = results[name]
-        assert len(result["frames"]) == blocks + 1
-        assert sum(nbytes for _, nbytes in result["frames"]) == result["bytes_sent"]
-        slow = result["measured"]["0.01 Gbit/s"]
-        assert list(result["measured"]) == ["0.01 Gbit/s", "1 Gbit/s"]
-        # What has arrived cannot have come faster than the link allows.
-        assert slow["arrival"] >= 8 * result["bytes_sent"] / 1e7
-        shares = [values["share_of_prefill"] for values in result["modelled"].values()][:4]
-        assert shares == sorted(shares, reverse=True)
+    for kind, row in zip(summary, measured[:6:2], strict=True):
+        assert summary[kind]["bytes_sent"] == row["bytes_sent"]
+        assert list(summary[kind]["ttft_decode"]) == ["0.01 Gbit/s", *(link.name for link in LINKS)]
+    results = json.loads((tmp_path / "stages" / "results.json").read_text())
+    assert (
+        "recipes/handover.py --stages <stages> --dense <dense> --prompt_tokens 100" in results["commands"]["handover"]
+    )
+
+
+def test_decode_process_that_fails_is_one_line(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    plan = PruningPlan.empty(tiny_llama, "tiny", decode=StagePlan((2,)))
+    export_stages(tiny_llama, plan, tmp_path / "stages")
+    (tmp_path / "stages" / "decode" / "model.safetensors").write_bytes(b"no weights")
+    done = run("--stages", tmp_path / "stages", "--dense", tmp_path / "dense", "--prompt_tokens", 10, "--repeats", 1)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: the decode process ended")
 
 
 def test_bad_input(tmp_path):
     for option, value, message in (
         ("--quantization", "int2", "quantization must be one of fp8, int8, int4"),
         ("--repeats", 0, "repeats must be at least 1"),
+        ("--threads", 0, "threads must be at least 1"),
         ("--gbit_per_second", 0, "gbit_per_second must be positive"),
     ):
         done = run("--stages", tmp_path, option, value)

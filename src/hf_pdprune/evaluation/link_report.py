@@ -1,0 +1,111 @@
+"""Link report: what a hand-over costs over links, and where fewer bytes pay, from handover.json alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .result_table import ResultTable, megabytes
+
+
+HANDOVER_FILE_NAME = "handover.json"
+# Of TTFT: what changes it by less is not told from chance.
+_LEAST_SHARE = 0.01
+
+
+def link_lines(handover: Mapping[str, Any]) -> list[str]:
+    """
+    Lines of Markdown.
+
+    Args:
+        handover (`Mapping`): What `handover.json` holds: `settings`, `environment`, and rows `measured` and `modelled`
+            (see [`measured_and_modelled`]).
+    """
+    settings, environment = handover["settings"], handover["environment"]
+    lines = [
+        f"One prompt of {settings['prompt_tokens']:,} tokens, {environment['device']}, {environment['dtype']}. "
+        "Where prefill gives the first token, TTFT has no transfer in it, and the second token waits for it; where "
+        "decode gives it, TTFT has. Hand-over: from the end of prefill until decode has the payload (what is left to "
+        "pack and to send, and unpacking), and its share of that TTFT. TPOT: a decode step.",
+        "",
+        f"Measured over a loopback socket that keeps to each link's pace, medians of {settings['repeats']}:",
+        "",
+        link_table(handover["measured"]).to_markdown(),
+        "",
+        "The same hand-overs over other links, by a model of the link:",
+        "",
+        link_table(handover["modelled"]).to_markdown(),
+        "",
+        "Where fewer bytes pay, each kind sent the way that is sooner:",
+        "",
+        gain_table(handover["modelled"]).to_markdown(),
+        "",
+    ]
+    return lines + [line + "  " for line in verdicts(handover["modelled"])] + [""]
+
+
+def link_table(rows: Sequence[Mapping[str, Any]]) -> ResultTable:
+    """A row per link, kind of hand-over and way to send it."""
+    title = ["link", "hand-over", "sent", "bytes", "TTFT, from prefill", "second token", "TTFT, from decode"]
+    table = ResultTable([[*title, "hand-over", "share", "TPOT"]])
+    for row in rows:
+        cells = [row["link"], row["kind"], row["sent"], megabytes(row["bytes_sent"])]
+        cells += [milliseconds(row[key]) for key in ("ttft", "second_token", "ttft_decode", "hand_over")]
+        table.rows.append([*cells, f"{row['hand_over_share']:.1%}", milliseconds(row["tpot"])])
+    return table
+
+
+def gain_table(rows: Sequence[Mapping[str, Any]]) -> ResultTable:
+    """A row per link: TTFT where decode gives the first token, beside the first kind's, and what of it bytes save."""
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    table = ResultTable([["link", f"{kinds[0]}, TTFT", "of it hand-over"]])
+    for kind in kinds[1:]:
+        table.rows[0] += [f"{kind}, TTFT", "saved in the hand-over", "saved in computing"]
+    for link, best in _soonest(rows).items():
+        first = best[kinds[0]]
+        cells = [link, milliseconds(first["ttft_decode"]), milliseconds(first["hand_over"])]
+        for kind in kinds[1:]:
+            saved = first["ttft_decode"] - best[kind]["ttft_decode"]
+            by_bytes = first["hand_over"] - best[kind]["hand_over"]
+            cells.append(f"x {best[kind]['ttft_decode'] / first['ttft_decode']:.3f}")
+            cells += [milliseconds(by_bytes), milliseconds(saved - by_bytes)]
+        table.rows.append(cells)
+    return table
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each kind after the first, over which links its shorter hand-over pays beside the kind before it."""
+    best = _soonest(rows)
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    sentences = []
+    for before, kind in zip(kinds, kinds[1:], strict=False):
+        shares = {
+            link: (by_kind[before]["hand_over"] - by_kind[kind]["hand_over"]) / by_kind[before]["ttft_decode"]
+            for link, by_kind in best.items()
+        }
+        parts = []
+        for what, links in (
+            ("takes from TTFT", [link for link, share in shares.items() if share >= _LEAST_SHARE]),
+            ("adds to TTFT", [link for link, share in shares.items() if share <= -_LEAST_SHARE]),
+        ):
+            if links:
+                parts.append(f"{what} " + ", ".join(f"{abs(shares[link]):.1%} ({link})" for link in links))
+        rest = [link for link, share in shares.items() if abs(share) < _LEAST_SHARE]
+        if rest:
+            parts.append(f"changes it by less than {_LEAST_SHARE:.0%} over {'; '.join(rest)}")
+        sentences.append(f"{kind} instead of {before}: the hand-over {'; '.join(parts)}.")
+    return sentences
+
+
+def _soonest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """By link and kind, the row of the way to send that gives decode's first token soonest."""
+    best: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_kind = best.setdefault(row["link"], {})
+        if row["kind"] not in by_kind or row["ttft_decode"] < by_kind[row["kind"]]["ttft_decode"]:
+            by_kind[row["kind"]] = row
+    return best
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds in milliseconds, with as many digits as matter."""
+    value = 1000 * seconds
+    return f"{value:,.0f} ms" if abs(value) >= 100 else f"{value:.3g} ms"

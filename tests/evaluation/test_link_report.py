@@ -1,0 +1,77 @@
+from hf_pdprune.evaluation.link_report import gain_table, link_lines, link_table, milliseconds, verdicts
+
+
+def row(link, kind, sent, prefill, hand_over, nbytes=1000):
+    step = 0.05
+    ttft_decode = prefill + hand_over + step
+    return {
+        "link": link,
+        "kind": kind,
+        "sent": sent,
+        "bytes_sent": nbytes,
+        "ttft": prefill,
+        "second_token": ttft_decode,
+        "ttft_decode": ttft_decode,
+        "hand_over": hand_over,
+        "hand_over_share": hand_over / ttft_decode,
+        "tpot": step,
+    }
+
+
+ROWS = [
+    row("slow", "dense", "in one piece", 2.0, 1.95, 47_000_000),
+    row("slow", "dense", "block by block", 2.0, 3.0),
+    row("slow", "plan", "in one piece", 1.6, 0.45, 9_000_000),
+    row("slow", "plan + int4", "in one piece", 1.6, 0.15, 2_000_000),
+    row("fast", "dense", "in one piece", 2.0, 0.02),
+    row("fast", "plan", "in one piece", 1.6, 0.005),
+    row("fast", "plan + int4", "in one piece", 1.6, 0.105),
+]
+HANDOVER = {
+    "settings": {"prompt_tokens": 1024, "repeats": 2},
+    "environment": {"device": "two cores", "dtype": "float32"},
+    "measured": ROWS[:2],
+    "modelled": ROWS,
+}
+
+
+def test_a_row_tells_both_ttfts_and_the_share_of_the_transfer():
+    text = link_table(ROWS).to_markdown()
+    for title in ("TTFT, from prefill", "TTFT, from decode", "second token", "share", "TPOT"):
+        assert title in text
+    expected = "| slow | dense | in one piece | 47.00 MB | 2,000 ms | 4,000 ms | 4,000 ms | 1,950 ms | 48.8% | 50 ms |"
+    assert expected in text
+
+
+def test_what_fewer_bytes_save_stands_beside_what_fewer_blocks_save():
+    text = gain_table(ROWS).to_markdown()
+    # The way that is sooner counts: dense in one piece.
+    expected = "| slow | 4,000 ms | 1,950 ms | x 0.525 | 1,500 ms | 400 ms | x 0.450 | 1,800 ms | 400 ms |"
+    assert expected in text
+    assert "| fast | 2,070 ms | 20 ms | x 0.800 | 15 ms | 400 ms | x 0.848 | -85 ms | 400 ms |" in text
+
+
+def test_where_it_pays_and_where_not():
+    first, second = verdicts(ROWS)
+    assert first == (
+        "plan instead of dense: the hand-over takes from TTFT 37.5% (slow); changes it by less than 1% over fast."
+    )
+    assert second == (
+        "plan + int4 instead of plan: the hand-over takes from TTFT 14.3% (slow); adds to TTFT 6.0% (fast)."
+    )
+
+
+def test_lines_of_a_report():
+    text = "\n".join(link_lines(HANDOVER))
+    for part in ("1,024 tokens, two cores, float32", "medians of 2", "| fast | plan |", "instead of dense"):
+        assert part in text, part
+
+
+def test_milliseconds():
+    assert [milliseconds(value) for value in (12.3456, 0.1, 0.0123456, 0.00000123, 0.0)] == [
+        "12,346 ms",
+        "100 ms",
+        "12.3 ms",
+        "0.00123 ms",
+        "0 ms",
+    ]
