@@ -1,6 +1,8 @@
 import pytest
 import torch
+from peft import KasaConfig, LoftQConfig, LoraConfig
 
+from hf_pdprune.adapters import adapter_layers, name_without_adapters
 from hf_pdprune.blocks import get_blocks
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import MergedPairs
@@ -8,15 +10,55 @@ from hf_pdprune.trainer import PDPruneConfig
 from hf_pdprune.trainer.adapted_model import add_adapters
 
 
+@pytest.fixture
+def options(tmp_path):
+    return lambda **given: PDPruneConfig(str(tmp_path), use_cpu=True, report_to="none", **{"lora_rank": 4} | given)
+
+
+def lora(**given):
+    return LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", **given)
+
+
+@pytest.mark.parametrize(
+    "rewriting",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga"},
+        {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()},
+        {"kasa_config": KasaConfig()},
+    ],
+    ids=lambda given: str(list(given.values())[0]),
+)
+def test_an_adapter_that_rewrites_the_dense_weights_is_refused(tiny_llama, plan, options, rewriting):
+    with pytest.raises(ValueError, match=f"{list(rewriting)[0]}.* rewrites the dense weights"):
+        add_adapters(tiny_llama, plan, options(), lora(**rewriting))
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal", "eva"])
+def test_other_initialisations_leave_the_dense_weights(tiny_llama, plan, options, init):
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    model = add_adapters(tiny_llama, plan, options(), lora(init_lora_weights=init))
+    layers = adapter_layers(tiny_llama)
+    after = {name_without_adapters(name, layers): tensor for name, tensor in tiny_llama.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert set(model.peft_config) == {"prefill", "decode"}
+
+
+def test_dora_is_not_fitted_in_closed_form(tiny_model, plan, options):
+    with pytest.raises(ValueError, match="local_distillation_tokens=0"):
+        add_adapters(tiny_model("llama"), plan, options(), lora(use_dora=True))
+    assert add_adapters(tiny_model("llama"), plan, options(local_distillation_tokens=0), lora(use_dora=True))
+
+
 @pytest.mark.parametrize("local_distillation_tokens", [0, 384])
-def test_adapters_can_hold_what_a_merged_block_does(tiny_llama, tmp_path, local_distillation_tokens):
+def test_adapters_can_hold_what_a_merged_block_does(tiny_llama, options, local_distillation_tokens):
     text = list(torch.randint(3, 250, (16, 32), generator=torch.Generator().manual_seed(0)).split(8))
     pairs = MergedPairs.distil(tiny_llama, text, (2,), rank=4)
     plan = PruningPlan.empty(tiny_llama, decode=StagePlan(merged_blocks=((1, 2),)))
-    args = PDPruneConfig(
-        str(tmp_path), lora_rank=4, local_distillation_tokens=local_distillation_tokens, use_cpu=True, report_to="none"
-    )
-    model = add_adapters(tiny_llama, plan, args, None)
+    model = add_adapters(tiny_llama, plan, options(local_distillation_tokens=local_distillation_tokens), None)
     ranks = [block.mlp.down_proj.r["decode"] for number, block in enumerate(get_blocks(model)) if number != 2]
     assert ranks == [4, tiny_llama.config.hidden_size, tiny_llama.config.hidden_size, 4, 4]  # 1 and 3 are beside 2
     pairs.start_adapter(model, "decode", plan.decode.merged_blocks)

@@ -1,14 +1,20 @@
 """What learns: the model with the adapters that a training's options ask for, or a copy of it as a whole."""
 
 import copy
+from collections.abc import Sequence
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from ..adapters import is_quantized
+from ..adapters import adapter_layers, is_quantized
 from ..plan import PruningPlan
 from .pdprune_config import PDPruneConfig
 from .stage_adapters import STAGE_ADAPTERS, default_lora
+
+
+# Initialisations of LoRA that take out of the dense weights what they put into the adapter, or quantise them.
+_REWRITING = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
 def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, config: PeftConfig | None) -> PeftModel:
@@ -21,7 +27,12 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
         args ([`PDPruneConfig`]): The options.
         config ([`~peft.PeftConfig`], *optional*): Config of every adapter. Default: LoRA on all linear layers of the
             blocks that its stages keep.
+
+    Raises:
+        `ValueError`: If an adapter of the config cannot be one: see [`StageAdapters.add_to`]; if it rewrites the dense
+            weights, or cannot be fitted in closed form although that is asked for.
     """
+    _check_dense_weights_stay([*getattr(model, "peft_config", {}).values(), *([] if config is None else [config])])
     kwargs, fitted_rank = {}, None
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         kwargs["autocast_adapter_dtype"] = False  # ZeRO-3 gathers parameters of one dtype only, see SFTTrainer
@@ -30,7 +41,29 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
         config = default_lora(args.lora_rank, args.lora_alpha)
         if args.local_distillation_tokens or plan.prefill.merged_blocks or plan.decode.merged_blocks:
             fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
-    return STAGE_ADAPTERS[args.stage].add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
+    adapters = STAGE_ADAPTERS[args.stage]
+    model = adapters.add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
+    if args.local_distillation_tokens:
+        for layer in adapter_layers(model).values():
+            if isinstance(layer, LoraLayer) and any(name in layer.lora_variant for name in adapters.trained):
+                raise ValueError(
+                    "adapters that are no plain LoRA (DoRA and the like) cannot be fitted in closed form: set "
+                    "local_distillation_tokens=0, or drop that option of peft_config"
+                )
+    return model
+
+
+def _check_dense_weights_stay(configs: Sequence[PeftConfig]) -> None:
+    for config in configs:
+        init = str(getattr(config, "init_lora_weights", None))
+        wrong = f"init_lora_weights={init!r}" if init.lower().startswith(_REWRITING) else None
+        if getattr(config, "kasa_config", None) is not None:
+            wrong = "kasa_config"
+        if wrong is not None:
+            raise ValueError(
+                f"peft_config: {wrong} rewrites the dense weights, so that the model without adapters, which teaches, "
+                "would not be the dense one; choose another initialisation"
+            )
 
 
 def learning_copy(model: nn.Module) -> nn.Module:
