@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import torch
-from peft import KasaConfig, LoftQConfig, LoraConfig
+from peft import IA3Config, KasaConfig, LoftQConfig, LoraConfig
 
 from hf_pdprune.adapters import adapter_layers, name_without_adapters
 from hf_pdprune.blocks import get_blocks
@@ -51,6 +53,25 @@ def test_dora_is_not_fitted_in_closed_form(tiny_model, plan, options):
     with pytest.raises(ValueError, match="local_distillation_tokens=0"):
         add_adapters(tiny_model("llama"), plan, options(), lora(use_dora=True))
     assert add_adapters(tiny_model("llama"), plan, options(local_distillation_tokens=0), lora(use_dora=True))
+
+
+def test_an_adapter_that_is_there_must_be_what_is_asked_for(tiny_model, plan, options):
+    def adapted(config=None, other_plan=None):
+        return add_adapters(tiny_model("llama"), other_plan or plan, options(), config)
+
+    add_adapters(adapted(), plan, options(), None)
+    add_adapters(adapted(lora()), plan, options(), lora())
+    with pytest.raises(ValueError, match="'prefill' leaves out 25 of the layers .* self_attn.k_proj of block 0"):
+        add_adapters(adapted(lora()), plan, options(), None)
+    with pytest.raises(ValueError, match="made by IA3Config, not by LoraConfig"):
+        config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+        add_adapters(adapted(config), plan, options(), None)
+    shorter = replace(plan, decode=StagePlan((1, 2, 3)))  # block 1 of decode has no adapter then
+    with pytest.raises(ValueError, match="'decode' leaves out 7 of the layers .* of block 1: .* another plan"):
+        add_adapters(adapted(other_plan=shorter), plan, options(), None)
+    model = adapted()
+    assert set(add_adapters(model, shorter, options(), None).peft_config) == {"prefill", "decode"}
+    assert not any("what_a_config_means" in name for name, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("local_distillation_tokens", [0, 384])

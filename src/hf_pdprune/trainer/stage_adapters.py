@@ -2,18 +2,21 @@
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..adapters import adapter_parameters
+from ..adapters import adapter_layers, adapter_parameters
 from ..blocks import blocks_path, get_blocks
 from ..pair_layout import DISAGGREGATED, STAGES, UNIFIED
 from ..plan import PruningPlan
 from ..projected_blocks import idle_layers
 from .residual_fit import fitted_layers
+
+
+_PROBE = "what_a_config_means"
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,11 @@ class StageAdapters:
             peft_kwargs: For `get_peft_model`.
 
         Raises:
-            `ValueError`: If an adapter touches no block that its stage runs, or is of another kind than `config`.
+            `ValueError`: If an adapter touches no block that its stage runs, or if one that is there already is of
+                another kind than `config`, or leaves out layers of such blocks that `config` asks for.
         """
         path = blocks_path(model.get_base_model() if isinstance(model, PeftModel) else model)
         for name in self.trained:
-            if name in getattr(model, "peft_config", {}):
-                continue
             own = copy.deepcopy(config)
             parts = [plan.stage(stage) for stage in self.stages_of(name)]
             missing = set.intersection(*(set(part.missing_blocks) for part in parts))
@@ -83,7 +85,10 @@ class StageAdapters:
                 own.exclude_modules = rf"{re.escape(path)}\.({'|'.join(idle)})"
             if fitted_rank is not None:
                 _set_fitted_rank(own, [f"{path}.{layer}" for layer in fitted_layers(model, skipped)], fitted_rank)
-            if isinstance(model, PeftModel):
+            if name in getattr(model, "peft_config", {}):
+                running = {block for stage in self.stages_of(name) for block in plan.kept_blocks(stage)}
+                _check_existing(model, name, own, running)
+            elif isinstance(model, PeftModel):
                 model.add_adapter(name, own)
             else:
                 model = get_peft_model(model, own, adapter_name=name, **peft_kwargs)
@@ -132,3 +137,29 @@ def _set_fitted_rank(config: LoraConfig, layers: Sequence[str], rank: int) -> No
     names = [re.escape(layer) for layer in layers]
     config.rank_pattern = dict.fromkeys(names, rank)
     config.alpha_pattern = dict.fromkeys(names, rank * config.lora_alpha / config.r)
+
+
+def _check_existing(model: PeftModel, name: str, config: PeftConfig, running_blocks: Collection[int]) -> None:
+    """Raises a `ValueError` unless an adapter has what `config` asks for in `running_blocks`."""
+    there = model.peft_config[name]
+    if type(there) is not type(config):
+        raise ValueError(
+            f"the model's adapter {name!r} is made by {type(there).__name__}, not by {type(config).__name__}: pass "
+            "its own peft_config"
+        )
+    # peft alone knows which layers a config means. Without memory: its weights are never made.
+    model.add_adapter(_PROBE, copy.deepcopy(config), low_cpu_mem_usage=True)
+    try:
+        missing = [
+            f"{layer} of block {number}"
+            for number in sorted(running_blocks)
+            for layer, module in adapter_layers(get_blocks(model)[number]).items()
+            if _PROBE in (names := module._all_available_adapter_names()) and name not in names
+        ]
+    finally:
+        model.delete_adapter(_PROBE)
+    if missing:
+        raise ValueError(
+            f"the model's adapter {name!r} leaves out {len(missing)} of the layers that are to learn, the first is "
+            f"{missing[0]}: it was made with another peft_config, which can be passed, or for another plan"
+        )
