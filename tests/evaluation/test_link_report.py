@@ -1,4 +1,15 @@
-from hf_pdprune.evaluation.link_report import gain_table, link_lines, link_table, milliseconds, verdicts
+import json
+
+import pytest
+
+from hf_pdprune.evaluation.link_report import (
+    gain_table,
+    link_lines,
+    link_table,
+    milliseconds,
+    read_handover,
+    verdicts,
+)
 
 
 def row(link, kind, sent, prefill, hand_over, nbytes=1000):
@@ -65,6 +76,16 @@ def test_lines_of_a_report():
     text = "\n".join(link_lines(HANDOVER))
     for part in ("1,024 tokens, two cores, float32", "medians of 2", "| fast | plan |", "instead of dense"):
         assert part in text, part
+
+
+def test_files_are_read_or_refused(tmp_path):
+    path = tmp_path / "handover.json"
+    assert read_handover(path) is None
+    path.write_text(json.dumps(HANDOVER))
+    assert read_handover(path) == HANDOVER
+    path.write_text('{"settings": {}, "environment": {}, "measured": []}')
+    with pytest.raises(ValueError, match="handover.json has no modelled"):
+        read_handover(path)
 
 
 def test_milliseconds():

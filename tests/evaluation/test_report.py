@@ -3,12 +3,14 @@ import math
 from dataclasses import replace
 
 import pytest
+from test_link_report import HANDOVER
 
 from hf_pdprune.evaluation import read_results, write_report, write_results
 from hf_pdprune.evaluation.plan_plot import plot_plan
 from hf_pdprune.evaluation.report import read_redundancy
 from hf_pdprune.evaluation.result_table import ResultTable, megabytes
-from hf_pdprune.evaluation.results import kl_closed
+from hf_pdprune.evaluation.results import kl_closed, record_command
+from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -60,6 +62,26 @@ def test_report_is_made_from_artefacts_alone(tmp_path):
     assert "(pruning_plan.png)" in report and (tmp_path / "pruning_plan.png").read_bytes().startswith(PNG)
     assert "- seed: 7" in report and "start 0.5, result 0.25" in report and "history" not in report
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_links_and_token_choice_stand_with_their_commands(tmp_path):
+    PLAN.save_pretrained(tmp_path)
+    write_results(tmp_path, {"kv": RESULTS["kv"]})
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "## Links" not in text and "## Which prompt tokens" not in text
+
+    (tmp_path / "handover.json").write_text(json.dumps(HANDOVER))
+    record_command(tmp_path, "handover", "accelerate launch recipes/handover.py --stages <stages>")
+    settings = {"plan": PLAN.digest, "model": "some-1B", "seed": 0, "task": "text", "example": "x"}
+    score = {"kl": 0.25, "top1_agreement": 0.5, "nll": 1.0, "correct": 0.0}
+    RowFile(tmp_path / "token_choice.jsonl").add(settings, {"SnapKV, all blocks": score})
+    write_report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    links, choice = text.index("## Links"), text.index("## Which prompt tokens decode receives")
+    command = text.index("accelerate launch recipes/handover.py --stages <stages>")
+    assert links < command < text.index("| slow | dense | in one piece |") < choice
+    assert choice < text.index("| SnapKV, all blocks | 0.250 / 50% |")
 
 
 def test_projected_blocks_are_named(tmp_path):

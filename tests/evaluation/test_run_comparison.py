@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from test_link_report import HANDOVER
 
 from hf_pdprune.evaluation import read_results, write_results
 from hf_pdprune.evaluation.results import record_command
@@ -95,8 +96,24 @@ def test_a_study_alone_has_its_tables(tmp_path):
     assert not (tmp_path / "out.png").exists()
 
 
+def test_links_and_token_choice_of_runs(tmp_path):
+    run, study = write_run(tmp_path / "a", 0.4, 0.9), tmp_path / "study"
+    (run / "handover.json").write_text(json.dumps(HANDOVER))
+    record_command(run, "handover", "accelerate launch recipes/handover.py --stages <stages>")
+    settings = {"plan": PLAN.digest, "model": "some-1B", "seed": 0, "task": "text", "example": "x"}
+    score = {"kl": 0.25, "top1_agreement": 0.5, "nll": 1.0, "correct": 0.0}
+    RowFile(study / "token_choice.jsonl").add(settings, {"SnapKV, all blocks": score})
+    compare_runs({"a": run, "study": study}, tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    command = text.index("accelerate launch recipes/handover.py --stages <stages>")
+    assert text.index("### Links") < command < text.index("| slow | dense | in one piece |") < text.index("## study")
+    assert text.index("## study") < text.index("| SnapKV, all blocks | 0.250 / 50% |")
+    # Where there is nothing else, the terminal gets the choices.
+    assert "| SnapKV, all blocks | 0.250 / 50% |" in compare_runs({"study": study}, tmp_path / "out.md")
+
+
 def test_what_is_no_run_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="neither results.json nor ablation.jsonl"):
+    with pytest.raises(FileNotFoundError, match="none of results.json, ablation.jsonl, token_choice.jsonl"):
         compare_runs({"x": tmp_path}, tmp_path / "out.md")
     assert not (tmp_path / "out.md").exists()
 

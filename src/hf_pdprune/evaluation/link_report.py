@@ -1,14 +1,34 @@
 """Link report: what a hand-over costs over links, and where fewer bytes pay, from handover.json alone."""
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from ..artefact_file import read_json
 from .result_table import ResultTable, megabytes
 
 
 HANDOVER_FILE_NAME = "handover.json"
+_PARTS = ("settings", "environment", "measured", "modelled")
 # Of TTFT: what changes it by less is not told from chance.
 _LEAST_SHARE = 0.01
+
+
+def read_handover(path: str | os.PathLike) -> dict[str, Any] | None:
+    """
+    What `handover.json` holds; `None` where there is no such file.
+
+    Raises:
+        `ValueError`: If it is not valid.
+    """
+    if not Path(path).is_file():
+        return None
+    handover = read_json(path)
+    missing = [part for part in _PARTS if part not in handover]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]}; run recipes/handover.py again")
+    return handover
 
 
 def link_lines(handover: Mapping[str, Any]) -> list[str]:

@@ -9,11 +9,14 @@ from typing import Any
 
 from ..artefact_file import read_json, write_artefact
 from ..plan import PruningPlan
+from .link_report import HANDOVER_FILE_NAME, link_lines, read_handover
 from .plan_plot import plot_plan
 from .result_table import ResultTable, megabytes, numbers
 from .results import kl_closed, read_results
+from .row_file import RowFile
 from .speed_plot import plot_speed
 from .task_plot import plot_tasks
+from .token_choice_report import TOKEN_CHOICE_FILE_NAME, token_choice_lines
 
 
 logger = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ _STATISTICS_FILE_NAME = "block_statistics.json"
 def write_report(folder: str | os.PathLike) -> str:
     """
     Writes `report.md` and its pictures from `pruning_plan.json`, `results.json` and, where they are there,
-    `block_statistics.json` and `benchmark.json`. No model runs.
+    `block_statistics.json`, `benchmark.json`, `handover.json` and `token_choice.jsonl`. No model runs.
 
     Args:
         folder (`str`): Where the artefacts are.
@@ -45,6 +48,7 @@ def write_report(folder: str | os.PathLike) -> str:
     plan, results = PruningPlan.from_pretrained(folder), read_results(folder)
     statistics, benchmark = folder / _STATISTICS_FILE_NAME, folder / BENCHMARK_FILE_NAME
     cases = read_json(benchmark)["cases"] if benchmark.is_file() else []
+    handover, token_choice = read_handover(folder / HANDOVER_FILE_NAME), list(RowFile(folder / TOKEN_CHOICE_FILE_NAME))
     plots = set()
     try:
         redundancy = read_redundancy(statistics) if statistics.is_file() else None
@@ -55,7 +59,7 @@ def write_report(folder: str | os.PathLike) -> str:
             plots.add(plot_speed(cases, folder / SPEED_PLOT_FILE_NAME).name)
     except ImportError as error:
         logger.warning("%s", error)
-    write_artefact(folder / REPORT_FILE_NAME, report_text(plan, results, plots, cases))
+    write_artefact(folder / REPORT_FILE_NAME, report_text(plan, results, plots, cases, handover, token_choice))
     return terminal_text(plan, results)
 
 
@@ -99,6 +103,8 @@ def report_text(
     results: Mapping[str, Any],
     plots: Collection[str] = (PLOT_FILE_NAME,),
     cases: Sequence[Mapping[str, Any]] = (),
+    handover: Mapping[str, Any] | None = None,
+    token_choice: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """
     The report in Markdown.
@@ -108,6 +114,8 @@ def report_text(
         results (`Mapping`): What `results.json` holds; parts that are missing are left out.
         plots (`Collection[str]`): Names of the pictures that there are.
         cases (`Sequence[Mapping]`): `cases` of `benchmark.json`.
+        handover (`Mapping`, *optional*): What `handover.json` holds.
+        token_choice (`Sequence[Mapping]`): Rows of `token_choice.jsonl`.
     """
     lines = [f"# {Path(plan.base_model).name}, pruned per stage", ""]
     if not {"quality", "speed", "kv"}.isdisjoint(results):
@@ -149,6 +157,12 @@ def report_text(
         ]
         if SPEED_PLOT_FILE_NAME in plots:
             lines += [f"![Times over the prompt length, and time saved]({SPEED_PLOT_FILE_NAME})", ""]
+    commands = results.get("commands", {})
+    if handover is not None:
+        lines += ["## Links", "", *made_by(commands, "handover"), *link_lines(handover)]
+    if token_choice:
+        lines += ["## Which prompt tokens decode receives", "", *made_by(commands, "token_choice")]
+        lines += token_choice_lines(token_choice)
     lines += ["## Plan", ""]
     if PLOT_FILE_NAME in plots:
         lines += [f"![Redundancy per block and what was removed]({PLOT_FILE_NAME})", ""]
@@ -161,6 +175,11 @@ def report_text(
     lines += _mapping_section("Distillation", results.get("distillation", {}))
     lines += _mapping_section("Measured on", results.get("environment", {}))
     return "\n".join(lines).rstrip() + "\n"
+
+
+def made_by(commands: Mapping[str, str], recipe: str) -> list[str]:
+    """Lines with the command by which a recipe made what follows, where it is known."""
+    return ["```bash", commands[recipe], "```", ""] if recipe in commands else []
 
 
 def _task_section(results: Mapping[str, Any], has_plot: bool) -> list[str]:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from ..artefact_file import read_json, write_artefact
 from ..plan import PLAN_FILE_NAME, PruningPlan
 from .ablation_report import ablation_tables
 from .figures import new_figure, save_figure
-from .report import BENCHMARK_FILE_NAME
+from .link_report import HANDOVER_FILE_NAME, link_lines, read_handover
+from .report import BENCHMARK_FILE_NAME, made_by
 from .result_table import ResultTable, numbers
 from .results import RESULTS_FILE_NAME, read_results
 from .row_file import RowFile
+from .token_choice_report import TOKEN_CHOICE_FILE_NAME, token_choice_lines
 
 
 ABLATION_FILE_NAME = "ablation.jsonl"
@@ -30,6 +32,8 @@ class Run:
         results (`dict`): Its results; empty where there are none.
         cases (`list`): `cases` of its benchmark.
         ablation (`list`): Rows of its study.
+        handover (`dict`, *optional*): What was measured of its hand-overs over links.
+        token_choice (`list`): Rows of what was measured of the prompt tokens that decode receives.
     """
 
     name: str
@@ -37,6 +41,8 @@ class Run:
     results: dict[str, Any]
     cases: list[dict[str, Any]]
     ablation: list[dict[str, Any]]
+    handover: dict[str, Any] | None = None
+    token_choice: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, name: str | None = None) -> "Run":
@@ -44,19 +50,23 @@ class Run:
         Reads a folder.
 
         Raises:
-            `FileNotFoundError`: If it holds neither results nor a study.
+            `FileNotFoundError`: If it holds no results of any kind.
+            `ValueError`: If an artefact is not valid.
         """
         folder = Path(folder)
         has = {file: (folder / file).is_file() for file in (PLAN_FILE_NAME, RESULTS_FILE_NAME, BENCHMARK_FILE_NAME)}
-        study = folder / ABLATION_FILE_NAME
-        if not has[RESULTS_FILE_NAME] and not study.is_file():
-            raise FileNotFoundError(f"{folder}: neither {RESULTS_FILE_NAME} nor {ABLATION_FILE_NAME}")
+        study, token_choice = folder / ABLATION_FILE_NAME, folder / TOKEN_CHOICE_FILE_NAME
+        if not has[RESULTS_FILE_NAME] and not study.is_file() and not token_choice.is_file():
+            names = f"{RESULTS_FILE_NAME}, {ABLATION_FILE_NAME}, {TOKEN_CHOICE_FILE_NAME}"
+            raise FileNotFoundError(f"{folder}: none of {names}")
         return cls(
             name or folder.name,
             PruningPlan.from_pretrained(folder) if has[PLAN_FILE_NAME] else None,
             read_results(folder) if has[RESULTS_FILE_NAME] else {},
             read_json(folder / BENCHMARK_FILE_NAME)["cases"] if has[BENCHMARK_FILE_NAME] else [],
-            list(RowFile(study)) if study.is_file() else [],
+            list(RowFile(study)),
+            read_handover(folder / HANDOVER_FILE_NAME),
+            list(RowFile(token_choice)),
         )
 
     @property
@@ -123,14 +133,18 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     for run in runs:
         lines += [f"## {run.name}", "", *_details(run)]
     write_artefact(output, "\n".join(lines).rstrip() + "\n")
-    return table.to_text() if pairs else ablation_tables([row for run in runs for row in run.ablation])
+    if pairs:
+        return table.to_text()
+    studies = [ablation_tables([row for run in runs for row in run.ablation])]
+    studies += ["\n".join(token_choice_lines(run.token_choice)) for run in runs]
+    return "\n".join(study for study in studies if study)
 
 
 def _details(run: Run) -> list[str]:
     results, lines = run.results, []
     commands = results.get("commands", {})
     if results.get("tasks"):
-        lines += _made_by(commands, "evaluate")
+        lines += made_by(commands, "evaluate")
         lines += [ResultTable.of_tasks(results["tasks"], results.get("tasks_mean")).to_markdown(), ""]
         lines += ["± is the standard error of the difference over the rows, which both models answer.", ""]
     lines += [f"Left out: {task}, {reason}  " for task, reason in results.get("tasks_skipped", {}).items()]
@@ -140,23 +154,24 @@ def _details(run: Run) -> list[str]:
     if not {"quality", "quality_all_tokens"}.isdisjoint(results):
         lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
     if run.cases:
-        lines += _made_by(commands, "benchmark")
+        lines += made_by(commands, "benchmark")
         lines += [ResultTable.of_speed_cases(run.cases).to_markdown(), ""]
         lines += ["Medians over interleaved turns; in brackets the quartiles of the ratio.", ""]
         lines += [ResultTable.of_roofline(run.cases).to_markdown(), ""]
         lines += [ResultTable.of_links(run.cases).to_markdown(), ""]
         lines += ["Time to send the KV entries of the prompts over a link of so many Gbit/s, headers aside.", ""]
+    if run.handover is not None:
+        lines += ["### Links", "", *made_by(commands, "handover"), *link_lines(run.handover)]
     if run.ablation:
-        lines += _made_by(commands, "ablation")
+        lines += made_by(commands, "ablation")
         lines += [ablation_tables(run.ablation), ""]
+    if run.token_choice:
+        lines += ["### Which prompt tokens decode receives", "", *made_by(commands, "token_choice")]
+        lines += token_choice_lines(run.token_choice)
     environment = results.get("environment") or results.get("evaluation_environment")
     if environment:
         lines += [", ".join(f"{key} {value}" for key, value in environment.items()), ""]
     return lines
-
-
-def _made_by(commands: Mapping[str, str], recipe: str) -> list[str]:
-    return ["```bash", commands[recipe], "```", ""] if recipe in commands else []
 
 
 def plot_runs(runs: Sequence[Run], path: str | os.PathLike) -> Path | None:
