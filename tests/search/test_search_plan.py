@@ -109,6 +109,42 @@ def test_targets_instead_of_counts(setup, tmp_path):
         search_plan(*setup, config(max_kl=bound, target_ttft_speedup=1.3, **options))
 
 
+@pytest.mark.parametrize("long_prompts", [False, True])
+def test_max_kl_is_kept_by_token_aware_blocks_too(setup, calibration, tmp_path, long_prompts):
+    prompts = calibration(setup[0], prompt_tokens=(40, 50), seed=1) if long_prompts else None
+
+    def search(folder=None, **more):
+        return search_plan(*setup, config(strategy="greedy", refine_token_aware_blocks=False, **more), folder, prompts)
+
+    one, two = (search(num_prefill_blocks=count, num_decode_blocks=count).provenance["objective"] for count in (1, 2))
+    # The second block may go, but not together with the token-aware ones.
+    bound = max(one["result"], two["blocks"]) + 1e-6
+    assert bound < two["result"]
+    plan = search(num_prefill_blocks=0, num_decode_blocks=0, max_kl=bound)
+    energies = plan.provenance["objective"]
+    assert energies["blocks"] <= energies["result"] <= bound
+    assert len(plan.decode.missing_blocks) == 1 and len(plan.kv.token_aware_blocks) == 2
+    assert energies["blocks"] == pytest.approx(one["blocks"])
+    message = r"max_kl 1e-05 and num_token_aware_blocks 2 cannot both be met: .* without 0 blocks and has KL 0\.\d+"
+    with pytest.raises(ValueError, match=message):
+        search(tmp_path, num_prefill_blocks=0, num_decode_blocks=0, max_kl=1e-5)
+    assert not (tmp_path / "pruning_plan.json").exists()
+
+
+def test_a_target_that_removed_blocks_make_reachable_is_not_refused(setup):
+    options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None, "strategy": "greedy"}
+    # A window of 10 of 50 tokens is 5 times less, and 8 of 6 blocks a third more.
+    target = options | {"target_kv_reduction": 6.6, "kv_prompt_tokens": 50, "first_tokens": 2, "last_tokens": 8}
+    target |= {"window_factors": [1.0]}
+    plan = search_plan(*setup, config(**target, max_kl=10.0))
+    assert len(plan.decode.missing_blocks) >= 2 and plan.kv_reduction(50)["total"] >= 6.6
+    with pytest.raises(ValueError, match=r"within max_kl 0.01, target_kv_reduction 6.6 cannot be met: .* it is 5"):
+        search_plan(*setup, config(**target, max_kl=0.01))
+    # As many token-aware blocks as there would not be without all blocks that may go.
+    plan = search_plan(*setup, config(**options | {"num_token_aware_blocks": 7}, max_kl=10.0))
+    assert len(plan.kv.token_aware_blocks) == 7 and len(plan.decode.missing_blocks) == 1
+
+
 def test_merged_pairs_are_distilled_once_and_resumed(setup, tmp_path, monkeypatch):
     options = config(merge_pairs=True, merge_tokens=256, num_token_aware_blocks=None)
     with pytest.raises(ValueError, match="merge_pairs needs merge_text"):

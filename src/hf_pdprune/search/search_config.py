@@ -38,7 +38,8 @@ class SearchConfig:
         max_kl (`float`, *optional*):
             KL to the dense model per completion token, on the calibration set and before healing, that is not to be
             passed: blocks go as long as it is kept, from prefill too at first and then from decode alone. The numbers
-            of blocks, where they are given, are then the most that go.
+            of blocks, where they are given, are then the most that go. Token-aware blocks count too: where they take
+            KL above it, fewer blocks go, or none.
         relaxed_subset_rule (`bool`, *optional*, defaults to `False`):
             Whether prefill may skip blocks that decode keeps, and more of them than decode. Prefill then projects the
             hidden states that pass by to such a block's keys and values, a twentieth to a sixth of the block's work,

@@ -67,7 +67,7 @@ def search_plan(
 
     Raises:
         `ValueError`: If more is to be removed than there is, if the statistics are of another model, or if the
-        target for the KV entries cannot be met.
+            target for the KV entries, `max_kl` or both together cannot be met.
     """
     total = num_blocks(model.config)
     if (statistics.model_type, statistics.num_hidden_layers) != (model.config.model_type, total):
@@ -91,31 +91,22 @@ def search_plan(
     if config.relaxed_subset_rule:
         check_projectable(model, removable)
     begun = time.perf_counter()
-    # What cannot be met is found before anything is spent: which blocks are removed changes nothing about it.
     needs_window = bool(config.num_token_aware_blocks) or config.target_kv_reduction is not None
     merged_pairs = _merged_pairs(model, merge_text, statistics, config, output_dir)
     objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
+    operations = Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule)
     if needs_window:
-        selection = TokenAwareBlocks(objective, config)
-        lost = removable[:num_decode] if config.max_kl is None else ()
-        selection.check(with_removed(objective.dense_plan, (), lost))
+        # What cannot be met is found before anything is spent. With max_kl up to num_decode blocks go: a target is out
+        # of reach where it is so without all of these, and a number of token-aware blocks where it is so with them.
+        certain = config.max_kl is None or config.target_kv_reduction is not None
+        lost = operations.blocks[:num_decode] if certain else ()
+        TokenAwareBlocks(objective, config).check(with_removed(objective.dense_plan, (), lost))
 
-    plan, steps = _choose_blocks(
-        objective, Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule), config
-    )
-    lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
-    if (
-        asked.target_ttft_speedup is not None
-        and lost[0] < num_prefill
-        or (asked.target_tpot_speedup is not None and lost[1] < num_decode)
-    ):
-        raise ValueError(
-            f"the speedups asked for take {num_prefill} blocks from prefill and {num_decode} from decode; within "
-            f"max_kl {asked.max_kl} only {lost[0]} and {lost[1]} can go (KL {objective.energy(plan):.4f})"
-        )
-    energies = {"dense": 0.0, "start": steps[-1].greedy_energy if steps else objective.energy(plan)}
-    energies["blocks"] = objective.energy(plan)
+    plan, steps = _choose_blocks(objective, operations, config, may_keep_all=needs_window)
+    plans = _plans_to_try(objective, plan, steps, asked, (num_prefill, num_decode))
+    blocks = plan = plans[0]
     costs = {"blocks": objective}
+    energies = {"dense": 0.0}
     if needs_window:
         if kv_calibration is not None:
             objective.forget()
@@ -123,10 +114,12 @@ def search_plan(
                 model, kv_calibration, config, output_dir, KV_JOURNAL_FILE_NAME, merged_pairs
             )
         kv_objective = costs.get("token_aware_blocks", objective)
-        plan = TokenAwareBlocks(kv_objective, config).choose(plan)
+        max_kl = math.inf if config.max_kl is None else config.max_kl
+        blocks, plan = TokenAwareBlocks(kv_objective, config).choose_within(plans, objective, max_kl)
         every = replace(plan, kv=plan.kv.with_windows({}))
         energies["all_tokens"], energies["token_aware"] = kv_objective.energy(every), kv_objective.energy(plan)
-    energies["result"] = objective.energy(plan)
+    energies["blocks"], energies["result"] = objective.energy(blocks), objective.energy(plan)
+    energies["start"] = next((step.greedy_energy for step in steps if step.plan == blocks), energies["blocks"])
     provenance = {
         "config": asdict(asked),
         "calibration": _describe(calibration),
@@ -152,9 +145,12 @@ def search_plan(
 
 
 def _choose_blocks(
-    objective: Objective, operations: Operations, config: SearchConfig
+    objective: Objective, operations: Operations, config: SearchConfig, may_keep_all: bool
 ) -> tuple[PruningPlan, list[Step]]:
-    """The plan with its missing blocks, and the steps to it where the strategy goes block by block."""
+    """
+    The plan with its missing blocks, and the steps to it where the strategy goes block by block. That none can go is
+    an error unless the plan may keep all.
+    """
     simple = {
         "one_shot": one_shot,
         "random": random_blocks,
@@ -166,12 +162,37 @@ def _choose_blocks(
     search = StepwiseSearch(objective, operations, config, annealing=config.strategy == "annealing")
     max_kl = math.inf if config.max_kl is None else config.max_kl
     steps = search.run(config.num_prefill_blocks, config.num_decode_blocks, max_kl)
-    if not steps and search.refused:
+    if not steps and search.refused and not may_keep_all:
         raise ValueError(
             f"max_kl {config.max_kl} cannot be met: the best plan with one block less has KL "
             f"{min(step.energy for step in search.refused):.4f}"
         )
     return steps[-1].plan if steps else objective.dense_plan, steps
+
+
+def _plans_to_try(
+    objective: Objective, plan: PruningPlan, steps: list[Step], asked: SearchConfig, num_blocks: tuple[int, int]
+) -> list[PruningPlan]:
+    """
+    The plan that was found, and with `max_kl` those with fewer blocks gone, for where token-aware blocks take KL above
+    it. Only those are among them with which the stages are as fast as asked for.
+    """
+    plans = [plan]
+    if asked.max_kl is not None and steps:
+        plans += [*(step.plan for step in steps[-2::-1]), objective.dense_plan]
+    lost = [(len(tried.prefill.skipped_blocks), len(tried.decode.missing_blocks)) for tried in plans]
+    fast_enough = [
+        tried
+        for tried, (from_prefill, from_decode) in zip(plans, lost, strict=True)
+        if (asked.target_ttft_speedup is None or from_prefill >= num_blocks[0])
+        and (asked.target_tpot_speedup is None or from_decode >= num_blocks[1])
+    ]
+    if not fast_enough:
+        raise ValueError(
+            f"the speedups asked for take {num_blocks[0]} blocks from prefill and {num_blocks[1]} from decode; within "
+            f"max_kl {asked.max_kl} only {lost[0][0]} and {lost[0][1]} can go (KL {objective.energy(plan):.4f})"
+        )
+    return fast_enough
 
 
 def _merged_pairs(

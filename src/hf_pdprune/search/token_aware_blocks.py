@@ -1,5 +1,6 @@
 """TokenAwareBlocks: which blocks lose least when decode receives only some of the prompt's tokens."""
 
+import logging
 import math
 import random
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from .attention_mass import AttentionMass
 from .block_windows import BlockWindows
 from .objective import Objective
 from .search_config import SearchConfig
+
+
+logger = logging.getLogger(__name__)
 
 
 class TokenAwareBlocks:
@@ -71,6 +75,51 @@ class TokenAwareBlocks:
         if self.config.refine_token_aware_blocks:
             plan = self._anneal(plan, candidates, self.objective.cost.total - spent)
         return plan
+
+    def choose_within(
+        self, plans: Sequence[PruningPlan], objective: Objective, max_kl: float
+    ) -> tuple[PruningPlan, PruningPlan]:
+        """
+        The first of some plans that does not pass `max_kl` with its token-aware blocks.
+
+        Args:
+            plans (`Sequence[PruningPlan]`): Those that are tried, in this order.
+            objective ([`Objective`]): Gives the energy that is bounded.
+            max_kl (`float`): The bound.
+
+        Returns:
+            That plan as it was, and with its token-aware blocks.
+
+        Raises:
+            `ValueError`: If there is none; it says how near the best comes.
+        """
+        wanted = f"num_token_aware_blocks {self.config.num_token_aware_blocks}"
+        if self.config.target_kv_reduction is not None:
+            wanted = f"target_kv_reduction {self.config.target_kv_reduction}"
+        energies: list[tuple[float, int]] = []
+        impossible: list[ValueError] = []
+        for plan in plans:
+            try:
+                self.check(plan)
+            except ValueError as error:
+                impossible.append(error)
+                continue
+            if energies and objective is not self.objective:
+                self.objective.forget()  # there is memory for the states of one of them
+            chosen = self.choose(plan)
+            if (energy := objective.energy(chosen)) <= max_kl:
+                return plan, chosen
+            energies.append((energy, len(plan.decode.missing_blocks)))
+            logger.info("without %d blocks and with %s KL is %.4f, above max_kl", energies[-1][1], wanted, energy)
+            if objective is not self.objective:
+                objective.forget()
+        if not energies:
+            raise impossible[0] if math.isinf(max_kl) else ValueError(f"within max_kl {max_kl}, {impossible[0]}")
+        energy, missing = min(energies)
+        raise ValueError(
+            f"max_kl {max_kl} and {wanted} cannot both be met: the plan that comes nearest is without {missing} "
+            f"blocks and has KL {energy:.4f}"
+        )
 
     def candidates(self, plan: PruningPlan) -> tuple[int, ...]:
         """Blocks that decode runs and whose cache can be shortened: a sliding window is bounded already."""
