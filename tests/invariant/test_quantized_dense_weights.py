@@ -18,7 +18,7 @@ from hf_pdprune.search.gap_fit import GapFit
 from hf_pdprune.search.gap_regression import GapRegression, Gaps
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 from hf_pdprune.trainer.adapted_model import learning_copy
-from hf_pdprune.trainer.whole_weights import check_sharding
+from hf_pdprune.trainer.sharding import check_fsdp
 
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -110,7 +110,7 @@ def test_what_cannot_be_quantised_says_so(quantized):
         learning_copy(model)
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
     with pytest.raises(ValueError, match="not sharded by FSDP"):
-        check_sharding(plugin, model)
+        check_fsdp(plugin, model)
 
 
 def test_a_fit_is_that_of_the_dequantised_model(quantized, tiny_model):

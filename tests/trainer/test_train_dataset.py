@@ -21,11 +21,13 @@ def test_plain_text_and_prompt_completion_rows(tiny_model, make_trainer, losses)
 
 
 @pytest.mark.parametrize("max_length", [None, 100000])
-def test_rows_are_cut_to_the_context(tiny_model, make_trainer, max_length):
+def test_rows_are_cut_to_the_context(tiny_model, make_trainer, max_length, caplog):
     model = tiny_model("llama", max_position_embeddings=32)
     rows = Dataset.from_list([{"input_ids": list(range(3, 80))}] * 2)
     trainer = make_trainer(model, train_dataset=rows, max_length=max_length)
     assert [len(row["input_ids"]) for row in trainer.train_dataset] == [32, 32]
+    message = "2 of 2 rows are longer than max_length=32 (the longest has 77 tokens) and are cut"
+    assert caplog.text.count(f"train_dataset: {message}") == caplog.text.count(f"eval_dataset: {message}") == 1
 
 
 def chat(n):
@@ -49,10 +51,27 @@ def test_messages_with_assistant_only_loss(tiny_llama, make_trainer, tiny_tokeni
     assert losses(trainer)[0] > 0
 
 
+def test_rows_whose_prompt_fills_max_length_are_counted(tiny_llama, make_trainer, tiny_tokenizer, caplog):
+    rows = [{"prompt": "a" * n, "completion": "b" * 4} for n in (5, 50, 7, 60)]
+    trainer = make_trainer(tiny_llama, train_dataset=Dataset.from_list(rows), max_length=16)
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [10, 12]
+    assert "train_dataset: 2 of 4 rows are longer than max_length=16 (the longest has 65" in caplog.text
+    assert "2 of them have a prompt of that length and are left out" in caplog.text
+    caplog.clear()
+    trainer.evaluate(Dataset.from_list(rows))
+    assert "eval_dataset: 2 of 4 rows" in caplog.text
+
+
 def test_streaming(tiny_llama, make_trainer, rows, losses):
     trainer = make_trainer(tiny_llama, train_dataset=rows.to_iterable_dataset(), max_steps=2)
     trainer.train()
     assert len(losses(trainer)) == 2
+
+
+def test_the_first_rows_of_a_stream_are_checked(tiny_llama, make_trainer, rows):
+    bad = Dataset.from_list([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [5]}])
+    with pytest.raises(ValueError, match="train_dataset: row 1 has 1 token"):
+        make_trainer(tiny_llama, train_dataset=bad.to_iterable_dataset(), eval_dataset=rows)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
+import copy
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +31,7 @@ from .learned_stages import export_learned_stages, shared_fingerprint
 from .local_distillation import LocalDistillation
 from .pdprune_config import PDPruneConfig
 from .round_search import RoundSearch
+from .sharding import check_sharding, is_sharded
 from .stage_adapters import STAGE_ADAPTERS
 from .training_checkpoint import (
     DivergenceError,
@@ -36,9 +39,9 @@ from .training_checkpoint import (
     last_complete_checkpoint,
     load_adapters,
 )
-from .training_data import check_given_rows, check_prepared_rows
+from .training_data import check_prepared_rows, check_whole_rows
 from .training_metrics import TrainingMetrics
-from .whole_weights import check_sharding, whole_weights
+from .whole_weights import whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -104,7 +107,7 @@ class PDPruneTrainer(SFTTrainer):
             self._search_round if args.search_in_rounds else None,
         )
         args.check_plan(plan)
-        self._fingerprint, self._is_loaded_in_parts = shared_fingerprint(model)
+        self._fingerprint, is_loaded_in_parts = shared_fingerprint(model)
         self.dense_model = None  # the model itself, where adapters learn
         torch.manual_seed(args.seed)
         if args.full_finetuning:
@@ -115,9 +118,6 @@ class PDPruneTrainer(SFTTrainer):
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
         args.use_cache = getattr(model.config, "use_cache", False)  # goes into the config that is exported
-        evaluated = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
-        for name, dataset in {"train_dataset": train_dataset, **evaluated}.items():
-            check_given_rows(dataset, name)
         super().__init__(
             model=model,
             args=args,
@@ -138,28 +138,30 @@ class PDPruneTrainer(SFTTrainer):
         self._stages: tuple[tuple[str, bool], tuple[PrefillStage, DecodeStage]] | None = None
         if self.dense_model is not None:
             self.dense_model.to(self.args.device)
-        self._check_distributed()
+        self._is_sharded = is_sharded(self.accelerator)
+        if self._is_sharded:
+            check_sharding(self.accelerator, self.model, args, is_loaded_in_parts)
         self.add_callback(self.removal)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: PDPruneConfig,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        whole = copy.copy(args)  # at first nothing is cut, nor left out: SFTTrainer would not say so
+        whole.max_length, whole.shuffle_dataset = None, False
+        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        check_whole_rows(dataset, f"{dataset_name}_dataset", args.max_length, args.truncation_mode, packing)
+        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     @property
     def plan(self) -> PruningPlan:
         """What is removed in the end."""
         return self.removal.final_plan
-
-    def _check_distributed(self) -> None:
-        """Raises a `ValueError` if something needs whole weights where they are partitioned."""
-        kind = str(self.accelerator.distributed_type).rpartition(".")[2]
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        self._is_sharded = kind == "FSDP" or (plugin is not None and plugin.zero_stage == 3)
-        if not self._is_sharded:
-            return
-        if kind == "FSDP":
-            check_sharding(self.accelerator.state.fsdp_plugin, self.model)
-        for name in ("full_finetuning", "search_in_rounds"):
-            if getattr(self.args, name):
-                raise ValueError(f"{name} needs whole weights: it does not run with ZeRO-3 or FSDP")
-        if self.args.local_distillation_tokens and self._is_loaded_in_parts:
-            raise ValueError("local_distillation_tokens must be 0 where the model is loaded in partitions (ZeRO-3)")
 
     # Training
 

@@ -3,14 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
-
-from ..adapters import is_quantized
 
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -99,19 +96,3 @@ def set_sharded(parameters: Mapping[str, torch.Tensor], values: Mapping[str, tor
         if isinstance(parameter, DTensor):
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
         parameter.copy_(value)
-
-
-def check_sharding(plugin: Any, model: nn.Module) -> None:
-    """
-    Raises a `ValueError` where FSDP is not used as this library knows it.
-
-    Args:
-        plugin ([`~accelerate.FullyShardedDataParallelPlugin`]): accelerate's.
-        model (`nn.Module`): The model.
-    """
-    if plugin.fsdp_version != 2:
-        raise ValueError("FSDP1 is not supported: set fsdp_version to 2 (recipes/accelerate_configs/fsdp2.yaml)")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError("adapters are saved whole: set fsdp_state_dict_type to FULL_STATE_DICT")
-    if any(map(is_quantized, model.modules())):
-        raise ValueError("quantised dense weights are not sharded by FSDP: use DDP, or load the model in 16 bits")
