@@ -7,6 +7,9 @@ Sections: `parts` (blocks only, cache only, both), `healing` (pairs given by --h
 the end group, contiguous, random, and a unified plan of the same cost), `windows`, `draft` (the pruned decode stage as
 draft of the dense model). Every result is a line of ablation.jsonl as soon as it is known: the same command goes on
 with what is missing. Writes ablation.md; the last line on stdout is JSON.
+
+Several processes share searches and the requests of tasks; quality on text and drafts are measured by the main one
+alone, and the others wait. A task whose data are not in --data_folder is named and left out.
 """
 
 import json
@@ -34,6 +37,7 @@ from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.process_group import join_processes
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import is_accuracy, main_metric
@@ -46,6 +50,8 @@ from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+logger = logging.getLogger(__name__)
 
 PLACES = ("plan", "dense", "data_folder", "output_dir")
 ROWS_FILE_NAME = "ablation.jsonl"
@@ -126,15 +132,19 @@ class Study:
 
     def __init__(self, args: AblationArguments):
         self.args = args
+        self.state = PartialState()
         self.plan = PruningPlan.from_pretrained(args.plan)
         self.dense_name = args.dense or self.plan.base_model
-        self.rows = RowFile(Path(args.output_dir) / ROWS_FILE_NAME)
+        self.rows = RowFile(Path(args.output_dir) / ROWS_FILE_NAME, write=self.state.is_main_process)
+        self.state.wait_for_everyone()  # nobody writes before all have read
         self.variants = AblationVariants(self.plan)
         self.evaluation = TaskEvaluation(args.tasks, args.data_folder) if args.tasks else None
-        self.tasks = []
+        self.tasks, self.skipped = [], {}
         if self.evaluation is not None:
-            missing = self.evaluation.missing()
-            self.tasks = [task for task in self.evaluation.tasks if task not in missing]
+            self.skipped = self.evaluation.missing()
+            self.tasks = [task for task in self.evaluation.tasks if task not in self.skipped]
+        for task, reason in self.skipped.items():
+            logger.warning("task %s is left out: %s", task, reason)
 
         self.measured_by = {
             "plan_of_study": self.plan.digest,
@@ -175,7 +185,7 @@ class Study:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        device = PartialState().device
+        device = self.state.device
         dtype = "float32" if self.args.dtype == "auto" and device.type == "cpu" else self.args.dtype
         try:
             model = AutoModelForCausalLM.from_pretrained(self.dense_name, dtype=dtype, use_safetensors=True)
@@ -242,7 +252,10 @@ class Study:
         return PruningPlan.from_dict(found["plan"]), found["cost"]
 
     def measure(self, section: str, name: str, plan: PruningPlan, pair: Callable[[], Pair], **more: Any) -> None:
-        """One row: quality on text, accuracy on tasks, and what the plan saves."""
+        """
+        One row: quality on text, results of tasks, and what the plan saves. Only the main process, which writes it,
+        has all of it.
+        """
         args = self.args
         settings = {"section": section, "variant": name, "plan": plan.digest, **self.measured_by}
 
@@ -252,31 +265,52 @@ class Study:
                 "prefill": list(plan.prefill.skipped_blocks),
                 "decode": list(plan.decode.missing_blocks),
                 "kv_reduction": plan.kv_reduction(args.text_prompt_tokens)["total"],
-                "quality": evaluate_quality(prefill, decode, self.dense, self.batches),
                 **more,
             }
-            if self.tasks:
-                result["accuracy"] = self.accuracy(prefill, decode)
-            return result
+            if self.state.is_main_process:
+                result["quality"] = evaluate_quality(prefill, decode, self.dense, self.batches)
+            return result | self.task_results(prefill, decode)
 
         self.rows.get_or_make(settings, make)
 
-    def accuracy(self, prefill: PrefillStage, decode: DecodeStage) -> dict[str, Any]:
-        """Mean over the tasks, its standard error, and each task's value."""
+    def task_results(self, prefill: PrefillStage, decode: DecodeStage) -> dict[str, Any]:
+        """
+        `accuracy`: mean over the tasks that have one, its standard error, and each task's value; `other_tasks`: metric
+        and value of the others. Nothing in processes but the main one, which has the answers of all.
+        """
+        if not self.tasks:
+            return {}
         lm = PDPruneLM(prefill=prefill, decode=decode, tokenizer=self.tokenizer, batch_size=self.args.batch_size)
-        values, errors = {}, []
+        accuracies, errors, others = {}, [], {}
         for task in self.tasks:
             result = self.evaluation.run(lm, task, self.args.limit)
+            if result is None:
+                continue
             metric = main_metric(result["metrics"])
+            value = result["metrics"][metric]
             if is_accuracy(metric):
-                values[task] = result["metrics"][metric]
+                accuracies[task] = value
                 errors.append(result["stderr"].get(metric, 0.0))
-        stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors)
-        return {"mean": statistics.fmean(values.values()), "stderr": stderr, "tasks": values}
+            else:
+                others[task] = {"metric": metric, "value": value}
+        parts: dict[str, Any] = {}
+        if accuracies:
+            stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+            parts["accuracy"] = {"mean": statistics.fmean(accuracies.values()), "stderr": stderr, "tasks": accuracies}
+        if others:
+            parts["other_tasks"] = others
+        return parts
 
     def view(self, plan: PruningPlan) -> Pair:
         """The dense model, seen as both stages of a plan."""
         return PrefillStage(self.dense, plan), DecodeStage(self.dense, plan)
+
+    def healed_pair(self, folder: str) -> Pair:
+        """A pair's checkpoints, beside the dense model."""
+        pair = load_stages(folder, dtype=self.dense.dtype)
+        for stage in pair:
+            stage.model.to(self.dense.device)
+        return pair
 
     # Sections
 
@@ -289,7 +323,7 @@ class Study:
         for entry in self.args.healed:
             name, _, folder = entry.partition("=")
             plan = PruningPlan.from_pretrained(folder)
-            self.measure("healing", name, plan, lambda folder=folder: load_stages(folder, dtype=self.dense.dtype))
+            self.measure("healing", name, plan, lambda folder=folder: self.healed_pair(folder))
 
     def strategies(self) -> None:
         self.measure("strategies", PLAN, self.plan, lambda: self.view(self.plan))
@@ -307,6 +341,8 @@ class Study:
             self.measure("windows", name, plan, lambda plan=plan: self.view(plan))
 
     def draft(self) -> None:
+        if not self.state.is_main_process:
+            return
         args = self.args
         prompts = [example["input_ids"][: args.text_prompt_tokens] for example in self.examples[: args.draft_prompts]]
         settings = {"section": "draft", **args.part("draft_"), **self.measured_by}
@@ -315,14 +351,12 @@ class Study:
         }
         for entry in args.healed:
             name, _, folder = entry.partition("=")
-            drafts[f"decode stage, {name}"] = lambda folder=folder: (
-                load_stages(folder, dtype=self.dense.dtype)[1].model
-            )
+            drafts[f"decode stage, {name}"] = lambda folder=folder: self.healed_pair(folder)[1].model
 
         def make(build: Callable[[], PreTrainedModel]) -> dict[str, Any]:
             device = self.dense.device
             ids = [torch.tensor([prompt], device=device) for prompt in prompts]
-            return draft_acceptance(self.dense, build().to(device), ids, args.draft_tokens)
+            return draft_acceptance(self.dense, build(), ids, args.draft_tokens)
 
         for name, build in drafts.items():
             key = settings | {"variant": name, "plan": self.plan.digest}
@@ -330,18 +364,24 @@ class Study:
 
 
 def main(args: AblationArguments) -> None:
+    join_processes()
     study = Study(args)
+    left_out = "".join(f"\nleft out: {task} ({reason})\n" for task, reason in study.skipped.items())
     for section in args.sections:
         getattr(study, section)()
-        write_artefact(Path(args.output_dir) / REPORT_FILE_NAME, ablation_tables(study.rows))
+        if study.state.is_main_process:
+            write_artefact(Path(args.output_dir) / REPORT_FILE_NAME, ablation_tables(study.rows) + left_out)
+    study.state.wait_for_everyone()
+    if not study.state.is_main_process:
+        return
     record_command(args.output_dir, "ablation", command_line("recipes/ablation.py", args, folders=PLACES))
-    print(ablation_tables(study.rows))
+    print(ablation_tables(study.rows) + left_out)
     kl = {
         row["settings"]["variant"]: round(row["result"]["quality"]["kl"], 4)
         for row in study.rows
         if "quality" in row["result"]
     }
-    print(json.dumps({"kl": kl}))
+    print(json.dumps({"kl": kl, "tasks_skipped": list(study.skipped)}))
 
 
 if __name__ == "__main__":

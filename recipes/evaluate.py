@@ -36,6 +36,7 @@ from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.pair_source import PairSource
+from hf_pdprune.evaluation.process_group import join_processes
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
@@ -197,7 +198,7 @@ def get_or_make(rows: RowFile, settings: dict[str, Any], make: Callable[[], dict
 
 
 def main(args: EvaluateArguments) -> None:
-    state = PartialState()
+    state = join_processes()
     folder = Path(args.output_dir or args.stages)
     models = Models(args)
     evaluation = TaskEvaluation(args.tasks, args.data_folder, args.data_split, args.num_fewshot)

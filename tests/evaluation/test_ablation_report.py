@@ -34,3 +34,14 @@ def test_tables_have_what_was_measured():
     assert "| greedy | 2, 3 | 4, 5 | 2.50x | 20.0 | 0.750 | 0.750 | 70.0% | 31.3 |" in text
     assert "accuracy" not in text and "KL rest" not in text and "not lower" not in text
     assert ablation_tables([]) == ""
+
+
+def test_tasks_without_an_accuracy_have_a_column_of_their_own():
+    others = {"wikitext2": {"metric": "word_perplexity", "value": 31.256}}
+    rows = [
+        {"settings": {"section": "parts", "variant": "cache only"}, "result": result(0.5, other_tasks=others)},
+        {"settings": {"section": "parts", "variant": "older"}, "result": result(0.25)},
+    ]
+    text = ablation_tables(rows)
+    assert "| top-1 | wikitext2, word_perplexity |" in text
+    assert "| 70.0% | 31.26 |" in text and "| 70.0% |  |" in text

@@ -1,5 +1,9 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from made_text import text, write_rows
@@ -12,6 +16,7 @@ from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "recipes" / "smollm2-135m" / "ablation.yaml"
+DRAFT = {"tokens_per_forward": 1.5, "time_ratio": 1.0, "same_text": 1.0, "prompts": 1}
 
 
 @pytest.fixture
@@ -31,6 +36,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
     write_rows(tmp_path / "held_out.jsonl", [{"text": f"and {text(i, 60)}"} for i in range(30)])
     questions = [{"question": text(i), "choices": [text(i + 1, 3), text(i + 2, 4)], "answer": i % 2} for i in range(4)]
     write_rows(tmp_path / "piqa.validation.jsonl", questions)
+    write_rows(tmp_path / "wikitext2.validation.jsonl", [{"text": f" = A = \n\n{text(i, 20)}"} for i in range(50, 53)])
     return {
         "plan": tmp_path / "pair",
         "output_dir": tmp_path / "ablation",
@@ -53,11 +59,16 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
     }
 
 
-def run(recipe, options, **changes):
+def arguments_of(options):
     arguments = []
-    for name, value in {**options, **changes}.items():
-        arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    recipe.main(*TrlParser((recipe.AblationArguments,)).parse_args_and_config(arguments))
+    for name, value in options.items():
+        if value != []:
+            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def run(recipe, options, **changes):
+    recipe.main(*TrlParser((recipe.AblationArguments,)).parse_args_and_config(arguments_of({**options, **changes})))
 
 
 def test_every_section_once(recipe, options, capsys, monkeypatch):
@@ -91,14 +102,63 @@ def test_every_section_once(recipe, options, capsys, monkeypatch):
         run(recipe, options, text_examples=2)
 
 
-def test_accuracies_stand_beside_the_quality(recipe, options, tmp_path):
-    changes = {"sections": ["parts"], "tasks": ["piqa", "rte"], "data_folder": tmp_path, "limit": 3}
+def test_accuracies_stand_beside_the_quality(recipe, options, tmp_path, capsys):
+    changes = {"sections": ["parts"], "tasks": ["piqa", "rte", "wikitext2"], "data_folder": tmp_path, "limit": 3}
     run(recipe, options, **changes)
     rows = {row["settings"]["variant"]: row for row in RowFile(options["output_dir"] / "ablation.jsonl")}
-    assert rows["cache only"]["settings"]["tasks"] == ["piqa"]  # there are no data of the other one
+    assert rows["cache only"]["settings"]["tasks"] == ["piqa", "wikitext2"]  # there are no data of the other one
     accuracy = rows["cache only"]["result"]["accuracy"]
     assert accuracy["mean"] == accuracy["tasks"]["piqa"] and accuracy["stderr"] >= 0
-    assert "accuracy" in (options["output_dir"] / "ablation.md").read_text()
+    assert rows["cache only"]["result"]["other_tasks"]["wikitext2"]["metric"] == "word_perplexity"
+    report, reason = (options["output_dir"] / "ablation.md").read_text(), f"no rte.validation.jsonl in {tmp_path}"
+    assert "| accuracy | wikitext2, word_perplexity |" in report and report.endswith(f"\n\nleft out: rte ({reason})\n")
+    *printed, last = capsys.readouterr().out.splitlines()
+    assert f"left out: rte ({reason})" in printed and json.loads(last)["tasks_skipped"] == ["rte"]
+
+
+def test_a_task_without_an_accuracy_can_stand_alone(recipe, options, tmp_path):
+    run(recipe, options, sections=["parts"], tasks=["wikitext2"], data_folder=tmp_path)
+    for row in RowFile(options["output_dir"] / "ablation.jsonl"):
+        assert "accuracy" not in row["result"] and row["result"]["other_tasks"]["wikitext2"]["value"] > 1
+
+
+def test_a_healed_pair_comes_beside_the_dense_model(recipe, options, monkeypatch):
+    moved = []
+    model = SimpleNamespace(to=moved.append)
+    monkeypatch.setattr(recipe, "load_stages", lambda *args, **kwargs: (SimpleNamespace(model=model),) * 2)
+    quality = {"perplexity": 2.0, "kl": 0.1, "kl_prefill": 0.1, "top1_agreement": 0.5}
+    monkeypatch.setattr(recipe, "evaluate_quality", lambda *args: quality)
+    monkeypatch.setattr(recipe, "draft_acceptance", lambda *args: {**DRAFT, "model": args[1] is model})
+    run(recipe, options, sections=["healing", "draft"])
+    assert moved == [recipe.PartialState().device] * 4
+    assert [row["result"].get("model") for row in RowFile(options["output_dir"] / "ablation.jsonl")][-1] is True
+
+
+def test_two_processes_make_each_row_once(recipe, options, tmp_path):
+    changes = {"sections": ["parts", "strategies", "draft"], "strategies": ["greedy"], "healed": []}
+    changes |= {"tasks": ["piqa", "wikitext2"], "data_folder": tmp_path, "limit": 3}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, ROOT / "recipes" / "ablation.py", *arguments_of(options | changes)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len([line for line in done.stdout.splitlines() if line.startswith('{"kl"')]) == 1
+    path = options["output_dir"] / "ablation.jsonl"
+    found = list(RowFile(path))
+    assert len(path.read_text().splitlines()) == len(found)
+    run(recipe, options, **changes, output_dir=tmp_path / "alone")
+    for one, other in zip(found, RowFile(tmp_path / "alone" / "ablation.jsonl"), strict=True):
+        assert one["settings"] == other["settings"]
+        assert one["result"].get("cost") == other["result"].get("cost")
+        for part in ("quality", "accuracy", "other_tasks"):
+            assert flat(one["result"].get(part)) == pytest.approx(flat(other["result"].get(part)), rel=1e-4, abs=1e-6)
+
+
+def flat(part, name=""):
+    """Numbers of a nested dictionary by their place in it; what is no number is left out."""
+    if isinstance(part, dict):
+        return {place: number for key, value in part.items() for place, number in flat(value, f"{name}/{key}").items()}
+    return {name: part} if isinstance(part, int | float) else {}
 
 
 def test_text_that_was_seen_is_refused(recipe, options, tmp_path):
@@ -129,8 +189,6 @@ def test_text_that_was_seen_is_refused(recipe, options, tmp_path):
     ids=str,
 )
 def test_bad_input_is_an_error_before_anything_is_written(recipe, options, changes, message):
-    options = {key: value for key, value in options.items() if value != [] and changes.get(key) != []}
-    changes = {key: value for key, value in changes.items() if value != []}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run(recipe, options, **changes)
     assert not options["output_dir"].exists()

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,15 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
     }
 
 
-def run(recipe, options, **changes):
+def arguments_of(options):
     arguments = []
-    for name, value in {**options, **changes}.items():
+    for name, value in options.items():
         arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    recipe.main(*TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(arguments))
+    return arguments
+
+
+def run(recipe, options, **changes):
+    recipe.main(*TrlParser((recipe.EvaluateArguments,)).parse_args_and_config(arguments_of({**options, **changes})))
 
 
 def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options, capsys, monkeypatch):
@@ -107,6 +112,20 @@ def test_a_report_has_the_parts_of_the_last_command_alone(recipe, options):
     assert set(results["tasks"]) == {"wikitext2"}
     assert not {"tasks_mean", "quality_of_stages", "quality_of_stages_all_tokens"} & set(results)
     assert results["handover"] == {"nbytes": 7} and "evaluation_environment" in results
+
+
+def test_two_processes_share_the_requests_and_one_writes(recipe, options, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    command = [*launch, ROOT / "recipes" / "evaluate.py", *arguments_of(options | {"output_dir": tmp_path / "two"})]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len((tmp_path / "two" / "evaluation.jsonl").read_text().splitlines()) == 5
+    assert len(list((tmp_path / "two" / "answers").glob("*.piqa.rank*.db"))) == 4  # of two models
+    run(recipe, options)
+    found, alone = (read_results(folder) for folder in (tmp_path / "two", options["stages"]))
+    assert found["tasks"]["piqa"]["rows"] == 4 and found["tasks"]["piqa"]["all"] == alone["tasks"]["piqa"]["all"]
+    assert found["quality_of_stages"]["pruned"]["kl"] == pytest.approx(alone["quality_of_stages"]["pruned"]["kl"])
 
 
 def test_other_worked_examples_are_other_results(recipe, options, monkeypatch):

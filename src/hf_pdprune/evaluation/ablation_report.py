@@ -91,11 +91,13 @@ def verdict(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
 
 def _quality_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable:
     title = ["variant", "prefill removes", "decode removes too", "KV fewer", "perplexity", "KL", "KL first", "KL rest"]
-    table = ResultTable([[*title, "top-1", "accuracy", "search cost"]])
+    parts = [result.get("other_tasks", {}) for _, result in rows]
+    others = {task: f"{task}, {part['metric']}" for by_task in parts for task, part in by_task.items()}
+    table = ResultTable([[*title, "top-1", "accuracy", *others.values(), "search cost"]])
     for name, result in rows:
         quality = result["quality"]
         removed = set(result["prefill"])
-        accuracy = result.get("accuracy")
+        accuracy, by_task = result.get("accuracy"), result.get("other_tasks", {})
         table.rows.append(
             [
                 name,
@@ -108,6 +110,7 @@ def _quality_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable
                 f"{quality['kl_decode']:.3f}" if "kl_decode" in quality else "",
                 f"{quality['top1_agreement']:.1%}",
                 "" if accuracy is None else f"{accuracy['mean']:.1%} ± {accuracy['stderr']:.1%}",
+                *(f"{by_task[task]['value']:.2f}" if task in by_task else "" for task in others),
                 "" if result.get("search_cost") is None else f"{result['search_cost']:.1f}",
             ]
         )
