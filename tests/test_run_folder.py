@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +56,44 @@ def test_overwrite_forgets_what_follows(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "mine.txt", "run.json"}
     assert not anew.is_done("plan", {"seed": 2})
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "run.json"}
+
+
+IN_PROCESSES = """
+import sys, time
+from pathlib import Path
+from accelerate import PartialState
+from hf_pdprune import run_folder
+from hf_pdprune.run_folder import RunFolder
+
+state, folder = PartialState(cpu=True), Path(sys.argv[1])
+files, changed = {"plan": ["plan.json"]}, []
+for owner, name in ((run_folder, "write_artefact"), (Path, "unlink")):
+    def slow(*args, inner=getattr(owner, name), **kwargs):
+        changed.append(args[0])
+        time.sleep(1)
+        return inner(*args, **kwargs)
+    setattr(owner, name, slow)
+run = RunFolder(folder, files)
+assert not run.is_done("plan", {"blocks": 1})
+if state.is_main_process:
+    (folder / "plan.json").write_text("{}")
+run.done("plan", {"blocks": 1})
+again = RunFolder(folder, files, overwrite=True)
+assert again.is_done("plan", {"blocks": 1})
+assert not again.is_done("plan", {"blocks": 2})
+assert not (folder / "plan.json").exists()
+assert bool(changed) == state.is_main_process
+state.wait_for_everyone()
+state.destroy_process_group()
+"""
+
+
+def test_the_main_process_alone_writes_and_the_others_wait(tmp_path):
+    (tmp_path / "script.py").write_text(IN_PROCESSES)
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "script.py"), str(tmp_path / "run")]
+    source = str(Path(__file__).parents[1] / "src")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": source}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]

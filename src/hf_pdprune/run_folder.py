@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from .artefact_file import read_json, write_artefact
 
 
@@ -15,6 +18,8 @@ class RunFolder:
     """
     The folder of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
     step was made with others.
+
+    Where several processes run, all of them make and ask it, and the main one alone reads, writes and removes files.
 
     Args:
         folder (`str`): The folder.
@@ -37,7 +42,12 @@ class RunFolder:
         self.overwrite = overwrite
         self.defaults = {key: value for kind in options for key, value in _defaults(kind).items()}
         self.path = self.folder / "run.json"
-        self.steps: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
+        self.steps: dict[str, dict[str, Any]] = {}
+        state = PartialState()
+        if state.is_main_process and self.path.is_file():
+            self.steps = read_json(self.path)
+        if state.num_processes > 1:  # none may read what another one has recorded since
+            (self.steps,) = broadcast_object_list([self.steps])
 
     def is_done(self, step: str, settings: dict[str, Any]) -> bool:
         """Whether `step` was done with these settings; others are a `ValueError`, or forgotten with `overwrite`."""
@@ -65,18 +75,23 @@ class RunFolder:
         order = list(self.files_of_step)
         for name in order[order.index(step) :]:
             self.steps.pop(name, None)
-            for file in self.files_of_step[name]:
+            for file in self.files_of_step[name] if PartialState().is_main_process else ():
                 path = self.folder / file
                 if path.is_dir():
                     shutil.rmtree(path)
                 else:
                     path.unlink(missing_ok=True)
-        write_artefact(self.path, self.steps)
+        self._write()
+        PartialState().wait_for_everyone()  # else one might find what another one is about to remove
 
     def done(self, step: str, settings: dict[str, Any]) -> None:
         """Records that `step` is done with these settings."""
         self.steps[step] = settings
-        write_artefact(self.path, self.steps)
+        self._write()
+
+    def _write(self) -> None:
+        if PartialState().is_main_process:
+            write_artefact(self.path, self.steps)
 
 
 def _defaults(options: type) -> dict[str, Any]:

@@ -4,12 +4,14 @@ import faulthandler
 import json
 import random
 import sys
+import time
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_pdprune.plan import PLAN_FILE_NAME, PruningPlan
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 
 
@@ -52,12 +54,15 @@ def run(folder: Path, job: dict) -> dict:
         "cost": plan.provenance["cost"],
         "redundancy": statistics.redundancy,
         "batches": len(calibration),
+        "is_written": (folder / PLAN_FILE_NAME).is_file(),
     }
 
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(250, exit=True)  # a process that waits for the other one says where
     torch.set_num_threads(1)
+    save = PruningPlan.save_pretrained
+    PruningPlan.save_pretrained = lambda *args: time.sleep(1) or save(*args)  # as long as a slow disk takes
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     state = PartialState(cpu=True)
     outcomes = {name: run(folder / name, job) for name, job in jobs.items()}

@@ -61,6 +61,7 @@ def test_both_processes_come_to_the_same_plan(searched, name):
     first, second = (outcomes[name] for outcomes in searched[1])
     batches = first.pop("batches", None), second.pop("batches", None)
     assert first == second
+    assert first.get("is_written", True)
     if name == "no pair":
         assert "pairs cannot be merged" in first["error"]
     else:

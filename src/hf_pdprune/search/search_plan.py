@@ -140,6 +140,7 @@ def search_plan(
         if steps:
             ParetoFront([dense, *points]).save(output_dir)
         plan.save_pretrained(output_dir)
+    PartialState().wait_for_everyone()  # who reads the plan finds it
     logger.info("plan: %s %s %s", plan.prefill, plan.decode, plan.kv)
     return plan
 
