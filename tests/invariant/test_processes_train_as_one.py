@@ -1,32 +1,11 @@
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from training_process import losses_of, result_of, start_training
 
 
-SCRIPT = Path(__file__).with_name("train_in_processes.py")
-ROOT = Path(__file__).parents[2]
-OPTIONS = {
-    "max_steps": 3,
-    "learning_rate": 5e-3,
-    "lora_rank": 4,
-    "report_to": "none",
-    "logging_steps": 1,
-    "save_steps": 3,
-    "use_cpu": True,
-    "shuffle_dataset": False,
-    "disable_tqdm": True,
-    "optim": "sgd",  # Adam makes a full step of a gradient that is rounding alone
-    "local_distillation_tokens": 96,
-    "train_fitted_layers": True,  # as with ZeRO-3
-    "removal_rounds": 2,
-}
 ZERO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
@@ -52,13 +31,6 @@ KINDS = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path, tiny_llama, tiny_tokenizer):
-    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "model.json").write_text(json.dumps(tiny_llama.config.to_dict()))
-    return tmp_path
-
-
 @pytest.fixture(scope="module")
 def of_one_process():
     """What one process comes to, for all that is compared with it."""
@@ -67,20 +39,8 @@ def of_one_process():
 
 def train(folder, processes, **options):
     """The log and the weights of a training of eight rows per step."""
-    options = OPTIONS | {"per_device_train_batch_size": 8 // processes} | options
-    command = [sys.executable]
-    if processes > 1:
-        options["ddp_backend"] = "gloo"
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={port}"]
     options.setdefault("output_dir", str(folder / f"run-{processes}"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command += [str(SCRIPT), str(folder), json.dumps(options)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = result_of(start_training(folder, processes, **options), folder)
     checkpoint = Path(options["output_dir"]) / "checkpoint-3"
     assert not list(checkpoint.glob("model*")), "the dense weights are in the checkpoint"
     weights = {
@@ -89,18 +49,18 @@ def train(folder, processes, **options):
         for path in (checkpoint / stage / "adapter_model.safetensors", checkpoint.parent / "stages" / stage)
         for name, tensor in load_file(path / "model.safetensors" if path.is_dir() else path).items()
     }
-    return json.loads((folder / "result.json").read_text()), weights
+    return result, weights
 
 
 @pytest.mark.invariant
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one_with_twice_the_batch(folder, of_one_process, kind):
+def test_two_processes_train_as_one_with_twice_the_batch(training_folder, of_one_process, kind):
     if "deepspeed" in KINDS[kind]:
         pytest.importorskip("deepspeed")
     if not of_one_process:
-        of_one_process["result"] = train(folder, 1)
+        of_one_process["result"] = train(training_folder, 1)
     result, weights = of_one_process["result"]
-    two, weights_of_two = train(folder, 2, **KINDS[kind])
+    two, weights_of_two = train(training_folder, 2, **KINDS[kind])
     log, log_of_two = ([entry for entry in r["log"] if "loss" in entry] for r in (result, two))
     assert len(log) == 3
     for name in ("loss", "kl", "prefill_kl", "decode_kl", "perplexity", "num_tokens", "decode_blocks"):
@@ -115,17 +75,16 @@ def test_two_processes_train_as_one_with_twice_the_batch(folder, of_one_process,
 
 @pytest.mark.invariant
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_in_two_processes_goes_on_where_it_was_interrupted(folder, kind):
+def test_training_in_two_processes_goes_on_where_it_was_interrupted(training_folder, kind):
     if "deepspeed" in KINDS[kind]:
         pytest.importorskip("deepspeed")
     # By default what was fitted is frozen: the checkpoints of FSDP and DeepSpeed do not have it.
     options = KINDS[kind] | {"train_fitted_layers": False, "optim": "adamw_torch"}
-    whole, weights = train(folder, 2, **options, save_steps=2, output_dir=str(folder / "whole"))
-    resumed, weights_of_resumed = train(
-        folder, 2, **options, output_dir=str(folder / "resumed"), resume=str(folder / "whole" / "checkpoint-2")
-    )
-    losses, losses_of_resumed = ([entry["loss"] for entry in r["log"] if "loss" in entry] for r in (whole, resumed))
-    assert len(losses) == 3
-    assert losses_of_resumed == pytest.approx(losses, rel=1e-5)
+    first, second = training_folder / "whole", training_folder / "resumed"
+    whole, weights = train(training_folder, 2, **options, save_steps=2, output_dir=str(first))
+    options |= {"output_dir": str(second), "resume": str(first / "checkpoint-2")}
+    resumed, weights_of_resumed = train(training_folder, 2, **options)
+    assert len(losses_of(whole)) == 3
+    assert losses_of(resumed) == pytest.approx(losses_of(whole), rel=1e-5)
     for name, tensor in weights.items():
         assert_close(weights_of_resumed[name], tensor, atol=1e-6, rtol=1e-4)
