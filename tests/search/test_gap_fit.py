@@ -121,3 +121,11 @@ def test_tensors_hold_all_of_it(tiny_llama, fits, kind):
         with torch.no_grad(), fit.active(get_blocks(tiny_llama), 1):
             outputs.append(tiny_llama(IDS).logits)
     assert torch.equal(*outputs) and again.left == 0.5
+
+
+@pytest.mark.parametrize("kind", ["neurons", "correction"])
+def test_all_of_it_moves_to_a_device(fits, kind):
+    moved = fits[kind].to("meta")
+    assert moved.left == 0.5 and moved.output_layer == "mlp.down_proj"
+    tensors = moved.neurons.__dict__.values() if moved.neurons else moved.correction
+    assert {t.device.type for t in tensors if isinstance(t, torch.Tensor)} == {"meta"}

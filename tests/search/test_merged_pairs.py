@@ -4,7 +4,8 @@ from peft import LoraConfig, get_peft_model
 
 from hf_pdprune.adapters import active_adapter
 from hf_pdprune.blocks import bypass_blocks
-from hf_pdprune.search import MergedPairs, Objective
+from hf_pdprune.search import MergedPairs, Objective, merged_pairs
+from hf_pdprune.search.gap_fit import GapFit
 from hf_pdprune.search.gap_regression import GapRegression
 from hf_pdprune.search.operations import Operations, with_removed
 
@@ -96,6 +97,26 @@ def test_what_was_saved_is_read(tiny_llama, tiny_model, pairs, tmp_path):
     (tmp_path / "merged_pairs.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="holds no merged pairs"):
         MergedPairs.from_pretrained(tmp_path, tiny_llama)
+
+
+def test_pairs_of_other_processes_come_to_the_own_device(tiny_llama, text, pairs, monkeypatch):
+    moved = []
+
+    class TwoProcesses:
+        num_processes, process_index, is_main_process = 2, 0, True
+
+    def gather_object(objects):  # what the other process sends is on its device
+        if isinstance(objects[0], tuple):
+            assert moved == ["cpu"]
+            return [*objects, ((3, 4), pairs.pairs[3, 4])]
+        return objects
+
+    monkeypatch.setattr(merged_pairs, "PartialState", TwoProcesses)
+    monkeypatch.setattr(merged_pairs, "gather_object", gather_object)
+    monkeypatch.setattr(GapFit, "to", lambda self, device: moved.append(str(device)) or self)
+    gathered = MergedPairs.distil(tiny_llama, text, (2, 4), rank=16)
+    assert moved[1:] == [str(tiny_llama.device)] * 2
+    assert gathered.digest == pairs.digest
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gpt_neox", "qwen3"])

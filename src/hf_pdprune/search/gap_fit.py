@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -42,9 +42,15 @@ class TakenNeurons:
         width, parts = len(self.columns), []
         for place, (number, scale) in enumerate(zip(self.blocks, self.scales, strict=True)):
             of_block = self.chosen[(self.chosen >= place * width) & (self.chosen < (place + 1) * width)]
-            rows = neuron_rows(linear_layers(blocks[number])[name], width)[:, of_block - place * width]
+            rows = neuron_rows(linear_layers(blocks[number])[name], width)
+            rows = rows[:, (of_block - place * width).to(rows.device)]
             parts.append(rows * scale.to(rows))
         return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def to(self, device: torch.device | str) -> "TakenNeurons":
+        """The same on `device`."""
+        tensors = {name: getattr(self, name).to(device) for name in ("scales", "chosen", "columns")}
+        return replace(self, **tensors)
 
 
 @dataclass
@@ -135,6 +141,12 @@ class GapFit:
     def _add_correction(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         down, up = self.correction
         return output + F.linear(F.linear(args[0], down.to(output)), up.to(output))
+
+    def to(self, device: torch.device | str) -> "GapFit":
+        """The same on `device`."""
+        if self.neurons is not None:
+            return replace(self, neurons=self.neurons.to(device))
+        return replace(self, correction=tuple(factor.to(device) for factor in self.correction))
 
     # As tensors
 

@@ -99,7 +99,9 @@ class MergedPairs:
         made.block_tokens = regression.block_tokens
         if state.num_processes > 1:
             made.block_tokens = sum(gather_object([made.block_tokens]))
-            found = gather_object(found)
+            # What is sent arrives on the device that it was on, which is the sender's.
+            found = gather_object([(pair, fit and fit.to("cpu")) for pair, fit in found])
+            found = [(pair, fit and fit.to(model.device)) for pair, fit in found]
         made.pairs = dict(sorted(found, key=lambda item: item[0]))
         for (kept, _), fit in made.pairs.items():  # in all processes, so that none waits for another one
             if fit is None:
