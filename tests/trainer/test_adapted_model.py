@@ -55,6 +55,14 @@ def test_dora_is_not_fitted_in_closed_form(tiny_model, plan, options):
     assert add_adapters(tiny_model("llama"), plan, options(local_distillation_tokens=0), lora(use_dora=True))
 
 
+def test_a_bias_that_no_layer_can_take_is_refused(tiny_llama, tiny_model, plan, options):
+    with pytest.raises(ValueError, match="lora_bias=True has no bias to be merged into"):
+        add_adapters(tiny_llama, plan, options(), lora(lora_bias=True))
+    model = tiny_model("qwen2")  # its queries have one
+    plan = PruningPlan.empty(model, prefill=plan.prefill, decode=plan.decode)
+    assert add_adapters(model, plan, options(), LoraConfig(target_modules=["q_proj"], lora_bias=True))
+
+
 def test_an_adapter_that_is_there_must_be_what_is_asked_for(tiny_model, plan, options):
     def adapted(config=None, other_plan=None):
         return add_adapters(tiny_model("llama"), other_plan or plan, options(), config)

@@ -30,7 +30,7 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
 
     Raises:
         `ValueError`: If an adapter of the config cannot be one: see [`StageAdapters.add_to`]; if it rewrites the dense
-            weights, or cannot be fitted in closed form although that is asked for.
+            weights, cannot be merged into them, or cannot be fitted in closed form although that is asked for.
     """
     _check_dense_weights_stay([*getattr(model, "peft_config", {}).values(), *([] if config is None else [config])])
     kwargs, fitted_rank = {}, None
@@ -43,13 +43,9 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
             fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
     adapters = STAGE_ADAPTERS[args.stage]
     model = adapters.add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
-    if args.local_distillation_tokens:
-        for layer in adapter_layers(model).values():
-            if isinstance(layer, LoraLayer) and any(name in layer.lora_variant for name in adapters.trained):
-                raise ValueError(
-                    "adapters that are no plain LoRA (DoRA and the like) cannot be fitted in closed form: set "
-                    "local_distillation_tokens=0, or drop that option of peft_config"
-                )
+    for layer in adapter_layers(model).values():
+        if isinstance(layer, LoraLayer):
+            _check_layer(layer, adapters.trained, is_fitted=args.local_distillation_tokens > 0)
     return model
 
 
@@ -64,6 +60,17 @@ def _check_dense_weights_stay(configs: Sequence[PeftConfig]) -> None:
                 f"peft_config: {wrong} rewrites the dense weights, so that the model without adapters, which teaches, "
                 "would not be the dense one; choose another initialisation"
             )
+
+
+def _check_layer(layer: LoraLayer, adapters: Sequence[str], is_fitted: bool) -> None:
+    if is_fitted and any(name in layer.lora_variant for name in adapters):
+        raise ValueError(
+            "adapters that are no plain LoRA (DoRA and the like) cannot be fitted in closed form: set "
+            "local_distillation_tokens=0, or drop that option of peft_config"
+        )
+    has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
+    if not has_bias and any(layer.lora_bias.get(name) for name in adapters):
+        raise ValueError("peft_config: lora_bias=True has no bias to be merged into in this model, as an export does")
 
 
 def learning_copy(model: nn.Module) -> nn.Module:
