@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import disaggregated_forward
 from hf_pdprune.plan import PruningPlan, StagePlan
-from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 
 def check_saved_stages(trainer, rows, folder):
@@ -276,23 +275,31 @@ def test_rounds_choose_with_what_is_healed(tiny_llama, make_trainer):
     assert trainer.plan == last
 
 
-def test_adapter_without_a_block_of_the_stage_is_an_error(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+@pytest.mark.parametrize("options", [{"use_rslora": True}, {"rank_pattern": {"down_proj": 6}}, {"use_dora": True}])
+def test_adapters_of_ones_own_learn_and_are_exported(tiny_llama, make_trainer, rows, tmp_path, options):
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **options)
+    tokens = 0 if "use_dora" in options else 384
+    trainer = make_trainer(
+        tiny_llama, peft_config=config, output_dir=tmp_path / "run", max_steps=12, local_distillation_tokens=tokens
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    layer = trainer.model.base_model.model.model.layers[0].mlp.down_proj
+    assert layer.r["prefill"] == options.get("rank_pattern", {}).get("down_proj", 3)
+    check_saved_stages(trainer, rows, tmp_path / "stages")
+
+
+def test_adapter_without_a_block_of_the_stage_is_an_error(tiny_llama, make_trainer):
     config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[3])
     with pytest.raises(ValueError, match="touches no block"):
-        PDPruneTrainer(
-            tiny_llama,
-            plan,
-            args=PDPruneConfig(str(tmp_path), use_cpu=True),
-            train_dataset=rows,
-            processing_class=tiny_tokenizer,
-            peft_config=config,
-        )
+        make_trainer(tiny_llama, peft_config=config)
 
 
 # What people watch
 
 
-def test_metrics_early_stopping_and_best_model(tiny_llama, plan, rows, tmp_path, tiny_tokenizer):
+def test_metrics_early_stopping_and_best_model(tiny_llama, make_trainer, rows):
     seen = []
 
     def compute_metrics(prediction):
@@ -302,31 +309,22 @@ def test_metrics_early_stopping_and_best_model(tiny_llama, plan, rows, tmp_path,
         assert logits.shape == dense.shape and logits.shape[:2] == labels.shape
         return {"agreement": float((logits.argmax(-1) == dense.argmax(-1))[mask].mean())}
 
-    args = PDPruneConfig(
-        str(tmp_path),
+    trainer = make_trainer(
+        tiny_llama,
+        eval_dataset=rows.select(range(4)),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(1, early_stopping_threshold=1e-3)],
         max_steps=8,
         eval_strategy="steps",
         eval_steps=2,
+        save_strategy="steps",
         save_steps=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_kl",
         greater_is_better=False,
         learning_rate=0.0,
         removal_rounds=2,
-        report_to="none",
-        use_cpu=True,
-        lora_rank=4,
         include_for_metrics=["teacher"],
-    )
-    trainer = PDPruneTrainer(
-        tiny_llama,
-        plan,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows.select(range(4)),
-        processing_class=tiny_tokenizer,
-        compute_metrics=compute_metrics,
-        callbacks=[EarlyStoppingCallback(1, early_stopping_threshold=1e-3)],
     )
     trainer.train()
     entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]

@@ -20,6 +20,20 @@ def test_plain_text_and_prompt_completion_rows(tiny_model, make_trainer, losses)
     assert {len(row["input_ids"]) for row in packed.train_dataset} <= {32} | set(range(2, 32))
 
 
+def test_rows_of_other_columns_are_formatted(tiny_llama, make_trainer, tiny_tokenizer, losses):
+    rows = Dataset.from_list([{"question": f"why {n}", "answer": f"because of {n}"} for n in range(4)])
+    trainer = make_trainer(
+        tiny_llama,
+        train_dataset=rows,
+        formatting_func=lambda row: f"Q: {row['question']}? A: {row['answer']}.",
+        max_steps=1,
+    )
+    texts = [tiny_tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
+    assert texts[3] == "Q: why 3? A: because of 3.<|im_end|>"
+    trainer.train()
+    assert losses(trainer)[0] > 0
+
+
 @pytest.mark.parametrize("max_length", [None, 100000])
 def test_rows_are_cut_to_the_context(tiny_model, make_trainer, max_length, caplog):
     model = tiny_model("llama", max_position_embeddings=32)
