@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
@@ -31,7 +32,8 @@ from trl import TrlParser
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
-from hf_pdprune.evaluation import compare_hand_overs, write_report, write_results
+from hf_pdprune.evaluation import compare_hand_overs, handing_over_all_tokens, write_report, write_results
+from hf_pdprune.evaluation.benchmark import kv_bytes
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
@@ -44,6 +46,7 @@ from hf_pdprune.evaluation.task_comparison import compare_tasks, mean_accuracy
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
+from hf_pdprune.kv import QUANTIZATIONS
 from hf_pdprune.pair_layout import stage_folders
 
 
@@ -56,6 +59,7 @@ ROWS_FILE_NAME = "evaluation.jsonl"
 PLACES = ("stages", "dense", "data_folder", "output_dir")
 # What a run leaves in results.json, as a whole. The environment stays: kept results come from where they were made.
 PARTS = ("tasks", "tasks_skipped", "tasks_mean", "overlap", "quality_of_stages", "quality_of_stages_all_tokens")
+PARTS += ("kv_of_stages", "kv_of_stages_all_tokens")
 
 
 @dataclass
@@ -94,13 +98,25 @@ class EvaluateArguments(OverlapConfig):
     text_examples: int = field(default=24, metadata={"help": "Examples used of it."})
     text_prompt_tokens: int = field(default=320, metadata={"help": "Prompt tokens of an example."})
     text_completion_tokens: int = field(default=64, metadata={"help": "Completion tokens of an example."})
+    quantizations: list[str] = field(
+        default_factory=list,
+        metadata={"help": "fp8, int8, int4: on text, payloads of so few bits are measured, too."},
+    )
+    kv_prompt_tokens: int = field(
+        default=1024,
+        metadata={"help": "Length of the prompt whose KV bytes are counted, at most what the model's context takes."},
+    )
 
     def __post_init__(self):
-        for name in ("limit", "batch_size", "text_examples", "text_prompt_tokens", "text_completion_tokens"):
+        names = ("limit", "batch_size", "text_examples", "text_prompt_tokens", "text_completion_tokens")
+        for name in (*names, "kv_prompt_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.text_dataset is not None and self.text_dataset.lower() == "none":
             self.text_dataset = None
+        for kind in self.quantizations:
+            if kind not in QUANTIZATIONS:
+                raise ValueError(f"quantizations must be of {', '.join(QUANTIZATIONS)}, got {kind!r}")
         super().__post_init__()
 
 
@@ -163,11 +179,11 @@ def evaluated_texts(
 
 def text_settings(args: EvaluateArguments) -> dict[str, Any]:
     """What the quality on text depends on beside the models."""
-    return {name: value for name, value in vars(args).items() if name.startswith("text_")}
+    return {name: value for name, value in vars(args).items() if name.startswith(("text_", "quantizations", "kv_"))}
 
 
 def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
-    """Perplexity, KL and top-1 agreement of both models on held-out text."""
+    """Perplexity, KL and top-1 agreement of both models on held-out text, and the KV bytes that are handed over."""
     examples = tokenize_examples(
         load_text(args.text_dataset, args.text_split, subset=args.text_subset),
         models.tokenizer,
@@ -178,9 +194,25 @@ def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
     collator = PromptCompletionCollator(models.tokenizer.pad_token_id)
     size = args.batch_size
     batches = [collator(examples[begin : begin + size]) for begin in range(0, len(examples), size)]
-    pairs: dict[str, tuple[PrefillStage, DecodeStage]] = {"pruned": (models.pruned.prefill, models.pruned.decode)}
-    by_plan, all_tokens = compare_hand_overs(models.dense.prefill.model, pairs, batches)
-    return {"quality_of_stages": by_plan, "quality_of_stages_all_tokens": all_tokens}
+    dense, prefill, decode = models.dense.prefill.model, models.pruned.prefill, models.pruned.decode
+    pairs: dict[str, tuple[PrefillStage, DecodeStage]] = {"pruned": (prefill, decode)}
+    pairs |= {f"pruned, {kind}": (prefill.quantized(kind), decode) for kind in args.quantizations}
+    by_plan, all_tokens = compare_hand_overs(dense, pairs, batches)
+    sent, sent_all = {}, {}
+    context = getattr(dense.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = args.kv_prompt_tokens if context is None else min(args.kv_prompt_tokens, context - 1)
+    prompt = torch.zeros((1, tokens), dtype=torch.long, device=dense.device)  # bytes do not depend on the tokens
+    with torch.no_grad():
+        for name, (stage, _) in pairs.items():
+            for kept, own in ((sent, stage), (sent_all, handing_over_all_tokens(stage))):
+                payload = own.forward(prompt, torch.ones_like(prompt))
+                kept[name] = {"prompt_tokens": tokens, **kv_bytes(payload, own)}
+    return {
+        "quality_of_stages": by_plan,
+        "quality_of_stages_all_tokens": all_tokens,
+        "kv_of_stages": sent,
+        "kv_of_stages_all_tokens": sent_all,
+    }
 
 
 def file_digest(path: Path | None) -> str:
@@ -264,7 +296,8 @@ def _short(compared: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]
     """The numbers that fit on a line."""
     values = {task: [part["dense"], part["pruned"]] for task, part in compared.items()}
     kl = {name: part["kl"] for name, part in measured.get("quality_of_stages", {}).items()}
-    return {"tasks": values, "kl": kl}
+    fewer = {name: round(part["ratio"], 2) for name, part in measured.get("kv_of_stages", {}).items()}
+    return {"tasks": values, "kl": kl, "kv_times_fewer": fewer}
 
 
 if __name__ == "__main__":

@@ -88,6 +88,7 @@ def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options,
     assert results["quality_of_stages"]["dense"]["kl"] == pytest.approx(0, abs=1e-6)
     assert results["quality_of_stages"]["pruned"]["kl"] > results["quality_of_stages"]["dense"]["kl"]
     assert results["tasks"]["lambada"]["all"]["dense"]["perplexity"] > 1
+    assert results["kv_of_stages"]["pruned"]["prompt_tokens"] == 511  # the context of the tiny model is 512
     *table, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["tasks_skipped"] == ["hellaswag"] and any(line.startswith("piqa") for line in table)
     report = (folder / "report.md").read_text()
@@ -99,6 +100,22 @@ def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options,
     assert len(evaluated) == 5  # all is there
     run(recipe, options, limit=2)
     assert len(evaluated) == 9 and read_results(folder)["tasks"]["piqa"]["rows"] == 2
+
+
+def test_quantised_payloads_beside_the_plain_ones(recipe, options, capsys):
+    run(recipe, options, tasks="piqa", limit=2, quantizations="int4", kv_prompt_tokens=100)
+    results, last = read_results(options["stages"]), json.loads(capsys.readouterr().out.splitlines()[-1])
+    for suffix in ("", "_all_tokens"):
+        quality, sent = (results[f"{part}_of_stages{suffix}"] for part in ("quality", "kv"))
+        assert quality["pruned, int4"]["kl"] != pytest.approx(quality["pruned"]["kl"], rel=1e-4)
+        assert sent["pruned, int4"]["prompt_tokens"] == 100
+        assert sent["pruned, int4"]["bytes_kv"] < sent["pruned"]["bytes_kv"] / 4
+    assert results["kv_of_stages"]["pruned"]["bytes_kv"] < results["kv_of_stages_all_tokens"]["pruned"]["bytes_kv"]
+    assert last["kv_times_fewer"]["pruned, int4"] > last["kv_times_fewer"]["pruned"] > 1
+    report = (options["stages"] / "report.md").read_text()
+    assert "| pruned, int4, all tokens handed over |" in report and "KV bytes, 100 prompt tokens" in report
+    with pytest.raises(ValueError, match="quantizations must be of fp8, int8, int4, got 'int2'"):
+        recipe.EvaluateArguments(stages="x", quantizations=["int2"])
 
 
 def test_a_report_has_the_parts_of_the_last_command_alone(recipe, options):

@@ -76,7 +76,7 @@ class ResultTable:
             row.append(f"{megabytes(sent['bytes_sent'])} ({sent['ratio']:.2f}x fewer)")
             peaks = [case["memory"][stage] for stage in ("prefill", "decode")]
             row.append(
-                ""
+                "not measured"
                 if any(value is None for peak in peaks for value in peak.values())
                 else ", ".join(f"{megabytes(peak['pruned'])} of {megabytes(peak['dense'])}" for peak in peaks)
             )
@@ -124,23 +124,34 @@ class ResultTable:
 
     @classmethod
     def of_stage_quality(cls, results: Mapping[str, Any]) -> "ResultTable":
-        """Perplexity, KL and top-1 agreement on held-out text, of all tokens and by stage."""
+        """
+        Perplexity, KL and top-1 agreement on held-out text, of all tokens and by stage, and KV bytes: a row for the
+        dense model and for each way of handing over.
+        """
         titles = {
             "perplexity": "perplexity",
             "kl": "KL to dense",
-            "kl_stderr": "its standard error over examples",
-            "kl_prefill": "KL, first token (prefill)",
-            "kl_decode": "KL, others (decode)",
+            "kl_prefill": "first token (prefill)",
+            "kl_decode": "others (decode)",
             "top1_agreement": "top-1 agreement",
         }
-        names = list(results["quality_of_stages"])
-        table = cls([["", *names, *(f"{name}, all tokens handed over" for name in names if name != "dense")]])
-        for key, title in titles.items():
-            row = [results["quality_of_stages"][name].get(key) for name in names]
-            row += [results["quality_of_stages_all_tokens"][name].get(key) for name in names if name != "dense"]
-            if any(value is not None for value in row):
-                table.rows.append([title, *map(_number, row)])
-        return table
+        sent = results.get("kv_of_stages", {})
+        bytes_title = next((f"KV bytes, {part['prompt_tokens']:,} prompt tokens" for part in sent.values()), "")
+        table = cls([["", *titles.values(), bytes_title]])
+        for suffix, what in (("", ""), ("_all_tokens", ", all tokens handed over")):
+            for name, part in results[f"quality_of_stages{suffix}"].items():
+                if name == "dense" and suffix:
+                    continue
+                cells = [_number(part.get(key)) for key in titles]
+                if part.get("kl_stderr") is not None and name != "dense":
+                    cells[1] += f" ± {_number(part['kl_stderr'])}"
+                kv = results.get(f"kv_of_stages{suffix}", {}).get(name)
+                if name == "dense" and sent:
+                    fewer = megabytes(next(iter(sent.values()))["bytes_dense"])
+                else:
+                    fewer = f"{megabytes(kv['bytes_sent'])} ({kv['ratio']:.2f}x fewer)" if kv else ""
+                table.rows.append([f"{name}{what}", *cells, fewer])
+        return table.without_empty_columns()
 
     def without_empty_columns(self) -> "ResultTable":
         """The table without columns in which nothing was measured."""

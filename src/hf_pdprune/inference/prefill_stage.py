@@ -1,5 +1,6 @@
 """PrefillStage: prompts -> KVPayload."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -42,10 +43,16 @@ class PrefillStage(Stage):
         fingerprint: str | None = None,
         quantization: str | None = None,
     ):
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}")
         super().__init__(model, plan, adapter, module, fingerprint)
+        _check_quantization(quantization)
         self.quantization = quantization
+
+    def quantized(self, kind: str | None) -> "PrefillStage":
+        """The same stage with payloads of `kind` (see `quantization`); the weights are shared."""
+        _check_quantization(kind)
+        same = copy.copy(self)
+        same.quantization = kind
+        return same
 
     @torch.no_grad()
     def __call__(
@@ -185,3 +192,8 @@ class PrefillStage(Stage):
         context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         if context is not None and prompt_tokens >= context:
             raise ValueError(f"the prompt has {prompt_tokens} tokens, the model's context is {context}")
+
+
+def _check_quantization(kind: str | None) -> None:
+    if kind is not None and kind not in QUANTIZATIONS:
+        raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {kind!r}")
