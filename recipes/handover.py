@@ -15,6 +15,7 @@ import json
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -109,23 +110,23 @@ class Case:
     prefill: str
     decode: str
     plan: PruningPlan
-    dtype: str
     quantization: str | None = None
 
 
-def cases(args: HandoverArguments) -> list[Case]:
-    """The three that are compared, in one dtype: that of the dense model, on a CPU float32."""
+def cases_and_dtype(args: HandoverArguments) -> tuple[list[Case], str]:
+    """The three that are compared, and the dtype of all: that of the dense model, on a CPU float32."""
     folder = Path(args.stages)
     plan = PruningPlan.from_pretrained(folder)
     stages = [str(path) for path in stage_folders(folder).values()]
     dense = args.dense or plan.base_model
     model = AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True)
     dtype = "float32" if device_of(0).type == "cpu" else str(model.dtype).removeprefix("torch.")
-    return [
-        Case("dense", dense, dense, PruningPlan.empty(model, dense), dtype),
-        Case("plan", *stages, plan, dtype),
-        Case(f"plan + {args.quantization}", *stages, plan, dtype, args.quantization),
+    cases = [
+        Case("dense", dense, dense, PruningPlan.empty(model, dense)),
+        Case("plan", *stages, plan),
+        Case(f"plan + {args.quantization}", *stages, plan, args.quantization),
     ]
+    return cases, dtype
 
 
 def device_of(process: int) -> torch.device:
@@ -134,9 +135,13 @@ def device_of(process: int) -> torch.device:
     return torch.device("cuda", process % gpus) if gpus else torch.device("cpu")
 
 
-def load(folder: str, dtype: str, process: int) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
-    return model.eval().to(device_of(process))
+def load(folders: Iterable[str], dtype: str, process: int) -> dict[str, PreTrainedModel]:
+    """The models by folder, each once."""
+    models = {}
+    for folder in dict.fromkeys(folders):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        models[folder] = model.eval().to(device_of(process))
+    return models
 
 
 class TokenClock(BaseStreamer):
@@ -156,54 +161,62 @@ class TokenClock(BaseStreamer):
         return self._calls[1:]  # what is put first is the prompt
 
 
-def decode_process(case: Case, port: int, new_tokens: int, threads: int) -> None:
+def decode_process(cases: list[Case], dtype: str, port: int, new_tokens: int, threads: int) -> None:
     """Takes payloads in one piece or block by block, and answers with the times at which it had what."""
     torch.set_num_threads(threads)
-    stage = DecodeStage(load(case.decode, case.dtype, 1), case.plan)
+    models = load((case.decode for case in cases), dtype, 1)
+    stages = {case.name: DecodeStage(models[case.decode], case.plan) for case in cases}
     with socket.create_connection(("127.0.0.1", port)) as connection:
         while order := receive_frame(connection):
+            name, sent = json.loads(order)
             frame = receive_frame(connection)
             arrived = time.monotonic()
-            if order.decode() == WHOLE:
+            if sent == WHOLE:
                 payload = KVPayload.from_bytes(frame)
             else:
-                reader = PayloadReader(case.plan.digest)
+                reader = PayloadReader(stages[name].plan.digest)
                 while (payload := reader.feed(frame)) is None:
                     frame = receive_frame(connection)
                     arrived = time.monotonic()
             unpacked, clock = time.monotonic(), TokenClock()
             # A first token that prefill gave counts as one of them.
             tokens = new_tokens + (payload.first_token is not None)
-            stage.generate(payload, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock)
+            stages[name].generate(
+                payload, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, streamer=clock
+            )
             connection.sendall(json.dumps([arrived, unpacked, clock.tokens]).encode() + b"\n")
 
 
 class PrefillSide:
     """
-    This process: the prefill stage, and the connection to the process that decodes.
+    This process: the prefill stages, and the way to the process that decodes.
 
     Args:
-        case (`Case`): What it loads, and how it sends.
-        args (`HandoverArguments`): Length of the prompt.
+        cases (`list[Case]`): What it loads, and how it sends.
+        dtype (`str`): Of all models.
+        prompt_tokens (`int`): Length of the prompt.
     """
 
-    def __init__(self, case: Case, args: HandoverArguments):
-        self.model = load(case.prefill, case.dtype, 0)
-        self.quantization = case.quantization
-        # In one piece, entries are quantised when the first token is there, not before.
-        whole = PrefillStage(self.model, case.plan)
-        streamed = PrefillStage(self.model, case.plan, fingerprint=whole.fingerprint, quantization=case.quantization)
-        self.stages = {WHOLE: whole, STREAMED: streamed}
-        prompt = torch.randint(
-            3, self.model.config.vocab_size, (1, args.prompt_tokens), generator=torch.manual_seed(0)
-        )
-        self.prompt = prompt.to(self.model.device)
+    def __init__(self, cases: list[Case], dtype: str, prompt_tokens: int):
+        models = load((case.prefill for case in cases), dtype, 0)
+        self.stages = {}
+        for case in cases:
+            model = models[case.prefill]
+            # In one piece, entries are quantised when the first token is there, not before.
+            whole = PrefillStage(model, case.plan)
+            self.stages[case.name, WHOLE] = whole
+            self.stages[case.name, STREAMED] = PrefillStage(
+                model, case.plan, fingerprint=whole.fingerprint, quantization=case.quantization
+            )
+        self.model = models[cases[0].prefill]
+        size, generator = (1, prompt_tokens), torch.manual_seed(0)
+        self.prompt = torch.randint(3, self.model.config.vocab_size, size, generator=generator).to(self.model.device)
 
     def hand_over(
-        self, connection: socket.socket, answers: TextIO, link: Link, sent: str, first_token: str
+        self, connection: socket.socket, answers: TextIO, link: Link, case: Case, sent: str, first_token: str
     ) -> HandoverTimes:
         """One hand-over over a link."""
-        order = sent.encode()
+        order = json.dumps([case.name, sent]).encode()
         connection.sendall(len(order).to_bytes(8, "little") + order)
         frames: list[tuple[float, int]] = []
         sender = ThrottledSender(connection, link)
@@ -213,7 +226,7 @@ class PrefillSide:
             frames.append((time.monotonic() - begun, len(frame)))
             sender.send(frame)
 
-        payload = self.stages[sent](
+        payload = self.stages[case.name, sent](
             self.prompt,
             first_token=first_token,
             send=send if sent == STREAMED else None,
@@ -224,7 +237,7 @@ class PrefillSide:
             torch.cuda.synchronize(self.prompt.device)
         prefilled = time.monotonic() - begun
         if sent == WHOLE:
-            send((payload if self.quantization is None else payload.quantized(self.quantization)).to_bytes())
+            send((payload if case.quantization is None else payload.quantized(case.quantization)).to_bytes())
         sender.close()
         answer = answers.readline()
         if not answer:
@@ -234,23 +247,27 @@ class PrefillSide:
         return HandoverTimes(prefilled, tuple(frames), arrived - begun, unpacked - begun, tokens)
 
 
-def measure(case: Case, links: list[Link], args: HandoverArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Hand-overs of one kind, over each link, sent both ways, with the first token from either; and where they ran."""
+def measure(links: list[Link], args: HandoverArguments) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """
+    Hand-overs of all kinds over each link, sent both ways, with the first token from either, in turns, so that what
+    else the machine does meets them alike; and where they ran.
+    """
+    cases, dtype = cases_and_dtype(args)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        decode = (case, server.getsockname()[1], args.decode_tokens, torch.get_num_threads())
+        decode = (cases, dtype, server.getsockname()[1], args.decode_tokens, torch.get_num_threads())
         process = multiprocessing.get_context("spawn").Process(target=decode_process, args=decode, daemon=True)
         process.start()
-        side = PrefillSide(case, args)
+        side = PrefillSide(cases, dtype, args.prompt_tokens)
         connection = accept(server, process)
     runs = []
     with connection, connection.makefile() as answers:
-        side.hand_over(connection, answers, links[-1], STREAMED, "decode")  # warms up both processes
-        turns = list(product(range(args.repeats), links, side.stages, FIRST_TOKENS))
-        for _, link, sent, first_token in tqdm(turns, desc=case.name, unit="hand-over"):
-            times = side.hand_over(connection, answers, link, sent, first_token)
-            runs.append(
-                {"link": link.name, "kind": case.name, "sent": sent, "first_token": first_token, "times": times}
-            )
+        for case in cases:  # warms up both processes
+            side.hand_over(connection, answers, links[-1], case, STREAMED, "decode")
+        turns = list(product(range(args.repeats), links, (WHOLE, STREAMED), FIRST_TOKENS, cases))
+        for _, link, sent, first_token, case in tqdm(turns, unit="hand-over"):
+            times = side.hand_over(connection, answers, link, case, sent, first_token)
+            run = {"link": link.name, "kind": case.name, "sent": sent, "first_token": first_token}
+            runs.append(run | {"times": times})
         connection.sendall(bytes(8))
     process.join()
     return runs, describe_environment(side.model)
@@ -286,10 +303,7 @@ def main(args: HandoverArguments) -> None:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     links = [Link(f"{rate:g} Gbit/s", rate, args.latency_ms / 1000) for rate in args.gbit_per_second]
-    runs = []
-    for case in cases(args):
-        of_case, environment = measure(case, links, args)
-        runs += of_case
+    runs, environment = measure(links, args)
     measured, modelled = measured_and_modelled(runs, LINKS)
     settings = {name: value for name, value in asdict(args).items() if name not in PLACES}
     artefact = {"settings": settings, "environment": environment, "measured": measured, "modelled": modelled}

@@ -30,7 +30,7 @@ def test_three_hand_overs_over_two_links(tiny_llama, tmp_path):
     assert handover["settings"]["prompt_tokens"] == 100 and handover["environment"]["dtype"] == "float32"
 
     measured, modelled = handover["measured"], handover["modelled"]
-    kinds = [(kind, sent) for kind in summary for sent in ("in one piece", "block by block")]
+    kinds = [(kind, sent) for sent in ("in one piece", "block by block") for kind in summary]
     assert [(row["link"], row["kind"], row["sent"]) for row in measured] == [
         (link, *kind) for link in ("0.01 Gbit/s", "1 Gbit/s") for kind in kinds
     ]
@@ -39,12 +39,11 @@ def test_three_hand_overs_over_two_links(tiny_llama, tmp_path):
         # Where decode gives the first token, TTFT contains prefill, hand-over and a step; else the second one waits.
         assert row["ttft_decode"] > row["hand_over"] and row["second_token"] > row["ttft"] > 0
         assert row["tpot"] > 0 and 0 <= row["hand_over_share"] < 1
-    for row in measured[:6]:
-        if row["sent"] == "in one piece":  # what has arrived cannot have come faster than the link allows
-            assert row["hand_over"] >= 8 * 0.99 * row["bytes_sent"] / 1e7
-    sent = [row["bytes_sent"] for row in measured[:6:2]]
+    for row in measured[:3]:  # what has arrived cannot have come faster than the link allows
+        assert row["hand_over"] >= 8 * 0.99 * row["bytes_sent"] / 1e7
+    sent = [row["bytes_sent"] for row in measured[:3]]
     assert sent == sorted(sent, reverse=True)
-    for kind, row in zip(summary, measured[:6:2], strict=True):
+    for kind, row in zip(summary, measured[:3], strict=True):
         assert summary[kind]["bytes_sent"] == row["bytes_sent"]
         assert list(summary[kind]["ttft_decode"]) == ["0.01 Gbit/s", *(link.name for link in LINKS)]
     results = json.loads((tmp_path / "stages" / "results.json").read_text())

@@ -46,7 +46,7 @@ def link_lines(handover: Mapping[str, Any]) -> list[str]:
         "decode gives it, TTFT has. Hand-over: from the end of prefill until decode has the payload (what is left to "
         "pack and to send, and unpacking), and its share of that TTFT. TPOT: a decode step.",
         "",
-        f"Measured over a loopback socket that keeps to each link's pace, medians of {settings['repeats']}:",
+        f"Measured over a loopback socket that keeps to each link's pace, medians of {settings['repeats']} in turns:",
         "",
         link_table(handover["measured"]).to_markdown(),
         "",
@@ -54,7 +54,7 @@ def link_lines(handover: Mapping[str, Any]) -> list[str]:
         "",
         link_table(handover["modelled"]).to_markdown(),
         "",
-        "Where fewer bytes pay, each kind sent the way that is sooner:",
+        "Where fewer bytes pay, and where it is fewer blocks that do:",
         "",
         gain_table(handover["modelled"]).to_markdown(),
         "",
@@ -74,55 +74,63 @@ def link_table(rows: Sequence[Mapping[str, Any]]) -> ResultTable:
 
 
 def gain_table(rows: Sequence[Mapping[str, Any]]) -> ResultTable:
-    """A row per link: TTFT where decode gives the first token, beside the first kind's, and what of it bytes save."""
-    kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    table = ResultTable([["link", f"{kinds[0]}, TTFT", "of it hand-over"]])
-    for kind in kinds[1:]:
+    """
+    A row per link and way to send: TTFT where decode gives the first token, beside the first kind's, and what of the
+    difference lies in the hand-over (fewer bytes) and what in computing (fewer blocks).
+    """
+    first, *others = dict.fromkeys(row["kind"] for row in rows)
+    table = ResultTable([["link", "sent", f"{first}, TTFT", "of it hand-over"]])
+    for kind in others:
         table.rows[0] += [f"{kind}, TTFT", "saved in the hand-over", "saved in computing"]
-    for link, best in _soonest(rows).items():
-        first = best[kinds[0]]
-        cells = [link, milliseconds(first["ttft_decode"]), milliseconds(first["hand_over"])]
-        for kind in kinds[1:]:
-            saved = first["ttft_decode"] - best[kind]["ttft_decode"]
-            by_bytes = first["hand_over"] - best[kind]["hand_over"]
-            cells.append(f"x {best[kind]['ttft_decode'] / first['ttft_decode']:.3f}")
+    for (link, sent), by_kind in _side_by_side(rows).items():
+        base = by_kind[first]
+        cells = [link, sent, milliseconds(base["ttft_decode"]), milliseconds(base["hand_over"])]
+        for kind in others:
+            saved = base["ttft_decode"] - by_kind[kind]["ttft_decode"]
+            by_bytes = base["hand_over"] - by_kind[kind]["hand_over"]
+            cells.append(f"x {by_kind[kind]['ttft_decode'] / base['ttft_decode']:.3f}")
             cells += [milliseconds(by_bytes), milliseconds(saved - by_bytes)]
         table.rows.append(cells)
     return table
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each kind after the first, over which links its shorter hand-over pays beside the kind before it."""
-    best = _soonest(rows)
+    """For each kind after the first and each way to send, over which links it pays beside the kind before it."""
+    cases = _side_by_side(rows)
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
     sentences = []
     for before, kind in zip(kinds, kinds[1:], strict=False):
-        shares = {
-            link: (by_kind[before]["hand_over"] - by_kind[kind]["hand_over"]) / by_kind[before]["ttft_decode"]
-            for link, by_kind in best.items()
-        }
-        parts = []
-        for what, links in (
-            ("takes from TTFT", [link for link, share in shares.items() if share >= _LEAST_SHARE]),
-            ("adds to TTFT", [link for link, share in shares.items() if share <= -_LEAST_SHARE]),
-        ):
-            if links:
-                parts.append(f"{what} " + ", ".join(f"{abs(shares[link]):.1%} ({link})" for link in links))
-        rest = [link for link, share in shares.items() if abs(share) < _LEAST_SHARE]
-        if rest:
-            parts.append(f"changes it by less than {_LEAST_SHARE:.0%} over {'; '.join(rest)}")
-        sentences.append(f"{kind} instead of {before}: the hand-over {'; '.join(parts)}.")
+        for sent in dict.fromkeys(sent for _, sent in cases):
+            shares = {
+                link: (by_kind[before]["hand_over"] - by_kind[kind]["hand_over"]) / by_kind[before]["ttft_decode"]
+                for (link, way), by_kind in cases.items()
+                if way == sent
+            }
+            sentences.append(f"{kind} instead of {before}, {sent}: the hand-over {_effect(shares)}.")
     return sentences
 
 
-def _soonest(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """By link and kind, the row of the way to send that gives decode's first token soonest."""
-    best: dict[str, dict[str, Mapping[str, Any]]] = {}
+def _effect(shares: Mapping[str, float]) -> str:
+    """What shares of TTFT, by link, are saved."""
+    parts = []
+    for what, links in (
+        ("takes from TTFT", [link for link, share in shares.items() if share >= _LEAST_SHARE]),
+        ("adds to TTFT", [link for link, share in shares.items() if share <= -_LEAST_SHARE]),
+    ):
+        if links:
+            parts.append(f"{what} " + ", ".join(f"{abs(shares[link]):.1%} ({link})" for link in links))
+    rest = [link for link, share in shares.items() if abs(share) < _LEAST_SHARE]
+    if rest:
+        parts.append(f"changes TTFT by less than {_LEAST_SHARE:.0%} ({', '.join(rest)})")
+    return "; ".join(parts)
+
+
+def _side_by_side(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Mapping[str, Any]]]:
+    """Rows by kind, for each link and way to send."""
+    cases: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
     for row in rows:
-        by_kind = best.setdefault(row["link"], {})
-        if row["kind"] not in by_kind or row["ttft_decode"] < by_kind[row["kind"]]["ttft_decode"]:
-            by_kind[row["kind"]] = row
-    return best
+        cases.setdefault((row["link"], row["sent"]), {})[row["kind"]] = row
+    return cases
 
 
 def milliseconds(seconds: float) -> str:

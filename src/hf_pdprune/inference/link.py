@@ -59,7 +59,7 @@ LINKS = (
     Link("10 Gbit/s", 10, 20e-6),
     Link("100 Gbit/s", 100, 5e-6),
     Link("400 Gbit/s", 400, 5e-6),
-    Link("WAN, 200 Mbit/s, 20 ms", 0.2, 20e-3),
+    Link("WAN (200 Mbit/s, 20 ms)", 0.2, 20e-3),
 )
 
 
