@@ -4,6 +4,8 @@ import pytest
 import torch
 from accelerate.utils import AutocastKwargs
 
+from hf_pdprune.plan import PruningPlan, StagePlan
+
 
 @pytest.fixture
 def dtypes_of_layers():
@@ -70,3 +72,15 @@ def test_every_adapter_gets_its_gradient(tiny_model, make_trainer, plan, token_c
     for name, expected in gradients[False].items():
         assert expected.abs().sum() > 0
         torch.testing.assert_close(gradients[True][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()))
+
+
+def test_every_architecture_trains_in_it(tiny_model, make_trainer, architecture, plan, losses):
+    """With all that looks at hidden states, whatever their dtype is: fading, matching, recomputation."""
+    model = tiny_model(architecture)
+    plan = PruningPlan.empty(model, prefill=StagePlan((3,), (), (1,)), decode=StagePlan((2, 3)), kv=plan.kv)
+    options = {"removal_fade_steps": 1, "hidden_matching_weight": 0.1, "activation_checkpointing": True}
+    trainer = make_trainer(
+        model, plan=plan, bf16=True, optim="sgd", local_distillation_tokens=0, max_steps=2, **options
+    )
+    trainer.train()
+    assert len(losses(trainer)) == 2
