@@ -35,7 +35,9 @@ from hf_pdprune.evaluation import (
     write_report,
     write_results,
 )
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
@@ -49,6 +51,7 @@ from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAM
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer, last_complete_checkpoint
 
 
+PLACES = ("model_name_or_path", "output_dir", "plan")
 # What a distillation depends on; with other values of these an output_dir is another run.
 TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
@@ -344,6 +347,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}
         write_results(folder, results)
+        record_command(folder, "prune", command_line("recipes/prune.py", args, config, training_args, folders=PLACES))
         write_model_cards(folder, results)
         run.done("results", measured)
     print(write_report(folder))

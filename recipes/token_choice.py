@@ -29,8 +29,10 @@ from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.result_table import ResultTable
+from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.fingerprint import model_fingerprint
@@ -41,6 +43,7 @@ from hf_pdprune.kv.token_choice import heavy_hitters, observed, select_per_head
 from hf_pdprune.plan import KVPlan
 
 
+PLACES = ("plan", "model", "output_dir")
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karla", "Louis")
 
 
@@ -369,6 +372,7 @@ def main(args: TokenChoiceArguments) -> None:
         settings = {**choices.settings, "task": example.task, "example": example.digest}
         scores = kept.get_or_make(settings, lambda example=example: choices.scores(example))
         lines.append({"task": example.task, "scores": scores})
+    record_command(args.output_dir, "token_choice", command_line("recipes/token_choice.py", args, folders=PLACES))
     print(table(summary(lines)).to_text(), "\n")
     print(table(summary(lines, depth=True)).to_text(), "\n")
     print(json.dumps(summary(lines)))

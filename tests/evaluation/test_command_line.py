@@ -1,4 +1,5 @@
 from dataclasses import dataclass, field
+from enum import Enum
 
 from hf_pdprune.evaluation.command_line import command_line
 
@@ -9,6 +10,37 @@ class Options:
     limit: int | None = None
     tasks: list[str] = field(default_factory=lambda: ["a"])
     note: str = ""
+
+
+class Schedule(Enum):
+    COSINE = "cosine"
+
+
+@dataclass
+class TrainingOptions:
+    output_dir: str
+    hub_token: str | None = None
+    schedule: Schedule = Schedule.COSINE
+    kwargs: dict = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    workers: int | None = None
+    number: int = field(init=False, default=0)
+
+    def __post_init__(self):
+        self.workers = 4 if self.workers is None else self.workers
+        self.number = 7
+
+
+def test_options_as_they_are_after_post_init_and_without_secrets_and_places():
+    line = command_line("recipes/x.py", TrainingOptions("here", "hf_secret"), folders=("output_dir",))
+    assert line == "accelerate launch recipes/x.py --output_dir <output_dir>"
+    options = TrainingOptions(
+        "out", schedule=Schedule("cosine"), kwargs={"a": 1}, texts=["/my/a.jsonl", "b"], workers=2
+    )
+    line = command_line("recipes/x.py", options)
+    assert line.endswith("""--output_dir out --kwargs '{"a": 1}' --texts <texts> b --workers 2""")
+    options.schedule = "linear"
+    assert "--schedule linear" in command_line("recipes/x.py", options)
 
 
 def test_what_is_not_default_is_said_and_places_are_not():

@@ -88,6 +88,8 @@ def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, ca
     plan = PruningPlan.from_pretrained(folder)
     assert (plan.base_model, len(plan.decode.missing_blocks)) == ("tiny/llama", 2)
     results = read_results(folder)
+    command = results["commands"]["prune"]
+    assert command.startswith("accelerate launch recipes/prune.py --model_name_or_path <model_name_or_path> ")
     for part in ("quality", "quality_all_tokens"):
         assert set(results[part]) == {"dense", "unhealed", "healed"}
         assert results[part]["dense"]["kl"] == pytest.approx(0, abs=1e-6)

@@ -79,6 +79,8 @@ def test_from_plan_to_table(means, tmp_path):
         assert min(kl) > by_name["all tokens"]["kl"]
         assert len(set(kl)) == len(kl)
     assert len((tmp_path / "out" / "token_choice.jsonl").read_text().splitlines()) == 2 + 2 * 2 + 1
+    command = json.loads((tmp_path / "out" / "results.json").read_text())["commands"]["token_choice"]
+    assert command.startswith("accelerate launch recipes/token_choice.py --plan <plan> --model <model> ")
 
 
 def test_a_run_with_other_options_in_the_same_folder_has_its_own_numbers(means, recipe, tiny_model, tmp_path):

@@ -1,14 +1,20 @@
 """Command line: how a recipe was called, as others can call it on their machine."""
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Collection
+from enum import Enum
 from typing import Any
+
+
+# Never to be seen in a file that is shown to others.
+_SECRETS = {"hub_token", "push_to_hub_token"}
 
 
 def command_line(recipe: str, *options: Any, folders: Collection[str] = ()) -> str:
     """
-    The command that gives these options, those left out that have their default values.
+    The command that gives these options, without secrets and without those that have their default values.
 
     Args:
         recipe (`str`): Path of the recipe in the repository.
@@ -17,14 +23,28 @@ def command_line(recipe: str, *options: Any, folders: Collection[str] = ()) -> s
     """
     words = ["accelerate", "launch", recipe]
     for part in options:
-        for option in dataclasses.fields(part):
-            value = getattr(part, option.name)
-            is_list = option.default_factory is not dataclasses.MISSING
-            if value == (option.default_factory() if is_list else option.default):
+        fields = [option for option in dataclasses.fields(part) if option.init and option.name not in _SECRETS]
+        required = {option.name: getattr(part, option.name) for option in fields if _is_required(option)}
+        default = type(part)(**required)  # as __post_init__ leaves it, and so are the options
+        for name in (option.name for option in fields):
+            value = getattr(part, name)
+            if name not in required and value == getattr(default, name):
                 continue
-            words.append(f"--{option.name}")
-            if option.name in folders:
-                words.append(f"<{option.name}>")
+            words.append(f"--{name}")
+            if name in folders:
+                words.append(f"<{name}>")
             else:
-                words += [shlex.quote(str(item)) for item in (value if isinstance(value, list) else [value])]
+                words += [_word(name, item) for item in (value if isinstance(value, list) else [value])]
     return " ".join(words)
+
+
+def _is_required(option: dataclasses.Field) -> bool:
+    return option.default is option.default_factory is dataclasses.MISSING
+
+
+def _word(name: str, value: Any) -> str:
+    if isinstance(value, str) and value.startswith(("/", "~")):  # a place on one machine as well
+        return f"<{name}>"
+    if isinstance(value, dict):
+        return shlex.quote(json.dumps(value))
+    return shlex.quote(str(value.value if isinstance(value, Enum) else value))

@@ -152,6 +152,7 @@ def _details(run: Run) -> list[str]:
         tokens = results["quality_of_stages"]["dense"]["tokens"]
         lines += [ResultTable.of_stage_quality(results).to_markdown(), "", f"{tokens:,} completion tokens.", ""]
     if not {"quality", "quality_all_tokens"}.isdisjoint(results):
+        lines += made_by(commands, "prune")
         lines += [ResultTable.of_quality_speed_and_bytes(results).to_markdown(), ""]
     if run.cases:
         lines += made_by(commands, "benchmark")
