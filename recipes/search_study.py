@@ -6,16 +6,19 @@ blocks (the same ones out of both stages), nothing healed. Writes results.json a
         --calibration piqa+mmlu=piqa.calibration.jsonl,mmlu.calibration.jsonl \\
         --validation piqa+mmlu=piqa.validation.jsonl,mmlu.validation.jsonl wikitext2=wikitext2.validation.jsonl
 
-A text is `name=source`, the source a data set as recipes/prune.py takes it (`source:split` for a split of it). Every
-energy is kept in a journal: an interrupted study goes on where it stopped, a finished row is not made again, and what
-one search has measured another one does not measure again (its cost is counted as if it did, its seconds are not).
+A text is `name=source`, the source a data set as recipes/prune.py takes it (`source:split` for a split of it). With
+several calibration texts, what was found on one is measured on the others too. Every energy is kept in a journal: an
+interrupted study goes on where it stopped, a finished row is not made again with the same options, and what one search
+has measured another one does not measure again (its cost is counted as if it did, its minutes are not).
 """
 
+import json
 import statistics as stats
 import sys
 import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
+from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import (
     BlockStatistics,
     Calibration,
@@ -45,6 +49,18 @@ from hf_pdprune.search.pareto_front import ParetoPoint
 SIMPLE = {"one_shot": one_shot, "random": random_blocks, "end_group": end_group, "contiguous": contiguous_group}
 STEPWISE = ("greedy", "annealing", "annealing+merges")
 SEEDED = ("random", "annealing", "annealing+merges")
+# What tells searches apart, but for their seeds.
+SEARCH = (
+    "strategy", "num_blocks", "calibration", "calibration_digest", "removable_blocks", "annealing_share",
+    "merge_source",
+)  # fmt: skip
+# Options that the table shows where they differ.
+SHOWN = (
+    "calibration_examples", "prompt_tokens", "completion_tokens", "batch_size", "annealing_share", "merge_tokens",
+    "merge_rank",
+)  # fmt: skip
+# On what a row measures what was found.
+PLACE = ("validation", "validation_source", "validation_examples")
 
 
 @dataclass
@@ -82,9 +98,7 @@ class Text:
     """One text: its examples with the dense model's predictions, and an objective that measures plans on it."""
 
     def __init__(self, args: StudyArguments, model: PreTrainedModel, tokenizer: Any, named: str, examples: int):
-        self.name, _, source = named.partition("=")
-        if not source:
-            raise ValueError(f"{named!r} is not name=source")
+        self.name, source = split_name(named)
         source, _, split = source.partition(":")
         try:
             self.calibration = Calibration.from_rows(
@@ -112,6 +126,10 @@ class Study:
             raise ValueError("annealing+merges needs merge_text, which pairs are distilled on")
         if len(args.validation_examples) not in (1, len(args.validation)):
             raise ValueError(f"validation_examples: {len(args.validation_examples)} for {len(args.validation)} texts")
+        for texts in (args.calibration, args.validation):
+            names = [split_name(named)[0] for named in texts]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two texts are called {next(n for n in names if names.count(n) > 1)!r}")
         self.args = args
         self.folder = Path(args.output_dir)
         self.path = self.folder / "results.json"
@@ -125,6 +143,8 @@ class Study:
         )
         self.model.to(PartialState().device).eval()
         self.validation: dict[str, Text] = {}
+        self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
+        self.pairs: MergedPairs | None = None
 
     def run(self) -> None:
         """Makes all rows that are not there yet: those of the first seed first, and of few blocks first."""
@@ -139,17 +159,54 @@ class Study:
                             self._search(text, statistics, strategy, seed, count)
                         elif number == 0:
                             self._search(text, statistics, strategy, None, count)
-        write_artefact(self.folder / "table.md", table(self.rows))
-        print((self.folder / "table.md").read_text())
+            del text  # one at a time: the dense model's predictions take memory
+        for named in args.calibration:
+            self._measure_others(named)
+        self._save()
+        if PartialState().is_main_process:
+            print(table(self.rows))
 
     def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
-        key = {"strategy": strategy, "seed": seed, "num_blocks": count, "calibration": text.name}
-        if any(key.items() <= row.items() for row in self.rows):
-            return
         args = self.args
         config = SearchConfig(count, count, search_seed=seed or 0, annealing_share=args.annealing_share)
         removable = removable_blocks(statistics, config, at_least=max(args.num_blocks))
-        pairs = self._pairs(statistics, config) if strategy == "annealing+merges" else MergedPairs()
+        merges, anneals = strategy == "annealing+merges", strategy.startswith("annealing")
+        if merges and self.pairs is None:
+            self.pairs = self._merged_pairs(statistics, config)
+        search = {
+            "strategy": strategy,
+            "seed": seed,
+            "num_blocks": count,
+            "calibration": text.name,
+            "calibration_digest": text.calibration.digest,
+            "removable_blocks": sorted(removable),
+            "annealing_share": args.annealing_share if anneals else None,
+            "merge_source": self.pairs.source if merges else None,
+        }
+        made = [row for row in self.rows if is_of(row, search)]
+        if made:
+            search = {key: value for key, value in made[0].items() if key not in (*PLACE, "kl")}
+        else:
+            search |= {key: getattr(args, key) for key in ("prompt_tokens", "completion_tokens", "batch_size")}
+            search |= {key: getattr(args, key) if merges else None for key in ("merge_tokens", "merge_rank")}
+            search |= self._found(text, removable, config, strategy, seed)
+        self.searches.append(search)
+        for place, named in enumerate(args.validation):
+            name, source = split_name(named)
+            examples = args.validation_examples[place if len(args.validation_examples) > 1 else 0]
+            where = dict(zip(PLACE, (name, source, examples), strict=True))
+            if self._is_missing(search, where):
+                if name not in self.validation:
+                    self.validation[name] = Text(args, self.model, self.tokenizer, named, examples)
+                self._measure(search, where, self.validation[name])
+        self._save()
+
+    def _found(
+        self, text: Text, removable: tuple[int, ...], config: SearchConfig, strategy: str, seed: int | None
+    ) -> dict[str, Any]:
+        """What a search comes to."""
+        count = config.num_decode_blocks
+        pairs = self.pairs if strategy == "annealing+merges" else MergedPairs()
         objective = self._objective(text, pairs)
         begun = time.perf_counter()
         if strategy in SIMPLE:
@@ -162,43 +219,64 @@ class Study:
             cost = {"block_tokens": steps[-1].block_tokens, "plain_greedy_block_tokens": steps[-1].plain_block_tokens}
             points = [ParetoPoint(objective.dense_plan, 0.0), *(ParetoPoint(step.plan, step.energy) for step in steps)]
             name = "-".join(str(part) for part in (text.name, strategy, seed) if part is not None)
-            ParetoFront(points).save(self.folder / "fronts" / name)
+            if PartialState().is_main_process:
+                ParetoFront(points).save(self.folder / "fronts" / name)
         cost |= {
             "distilling_block_tokens": pairs.block_tokens,
             "dense_forward_block_tokens": objective.dense_block_tokens,
             "evaluations": objective.cost.evaluations,
             "seconds": round(time.perf_counter() - begun, 1),
         }
-        energy = objective.energy(plan)
-        for place, named in enumerate(args.validation):
-            name = named.partition("=")[0]
-            if name not in self.validation:
-                examples = args.validation_examples[place if len(args.validation_examples) > 1 else 0]
-                self.validation[name] = Text(args, self.model, self.tokenizer, named, examples)
-            self.rows.append(
-                {
-                    **key,
-                    "validation": name,
-                    "calibration_examples": text.calibration.num_examples,
-                    "kl_calibration": energy,
-                    "kl": self._objective(self.validation[name], pairs).energy(plan),
-                    "removed_blocks": list(plan.decode.removed_blocks),
-                    "merged_blocks": [list(pair) for pair in plan.decode.merged_blocks],
-                    **cost,
-                }
-            )
-        write_artefact(self.path, self.rows)
-        write_artefact(self.folder / "table.md", table(self.rows))
+        return {
+            "calibration_examples": text.calibration.num_examples,
+            "kl_calibration": objective.energy(plan),
+            "removed_blocks": list(plan.decode.removed_blocks),
+            "merged_blocks": [list(pair) for pair in plan.decode.merged_blocks],
+            **cost,
+        }
 
-    def _pairs(self, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
-        if (self.folder / MERGED_PAIRS_FILE_NAME).is_file():
-            return MergedPairs.from_pretrained(self.folder, self.model)
+    def _measure_others(self, named: str) -> None:
+        """Measures on a calibration text what was found on the others."""
+        name, source = split_name(named)
+        where = dict(zip(PLACE, (f"{name}, calibration", source, self.args.calibration_examples), strict=True))
+        others = [search for search in self.searches if search["calibration"] != name]
+        missing = [search for search in others if self._is_missing(search, where)]
+        if missing:
+            text = Text(self.args, self.model, self.tokenizer, named, self.args.calibration_examples)
+            for search in missing:
+                self._measure(search, where, text)
+            self._save()
+
+    def _is_missing(self, search: dict[str, Any], where: dict[str, Any]) -> bool:
+        names = {key: search[key] for key in (*SEARCH, "seed")}
+        return not any(is_of(row, names | where) for row in self.rows)
+
+    def _measure(self, search: dict[str, Any], where: dict[str, Any], text: Text) -> None:
+        """Makes the row that says what one search is worth on a text."""
+        missing = StagePlan(tuple(search["removed_blocks"]), tuple(map(tuple, search["merged_blocks"])))
+        plan = PruningPlan.empty(self.model, prefill=missing, decode=missing)
+        pairs = MergedPairs() if search["merge_source"] is None else self.pairs
+        self.rows.append(search | where | {"kl": self._objective(text, pairs).energy(plan)})
+
+    def _save(self) -> None:
+        if PartialState().is_main_process:
+            write_artefact(self.path, self.rows)
+            write_artefact(self.folder / "table.md", table(self.rows))
+
+    def _merged_pairs(self, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
+        """The pairs, distilled once for all that asks for the same ones."""
         absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
         rows = (row for group in zip_longest(*self.merge_text) for row in group if row is not None)
         tokens = tokenize_rows(rows, self.tokenizer)
         input_ids = pack_tokens(tokens, self.args.merge_tokens, device=self.model.device)
+        folder = (
+            self.folder / "pairs" / MergedPairs.source_digest(self.model, input_ids, absorbed, self.args.merge_rank)
+        )
+        if (folder / MERGED_PAIRS_FILE_NAME).is_file():
+            return MergedPairs.from_pretrained(folder, self.model)
         pairs = MergedPairs.distil(self.model, input_ids, absorbed, self.args.merge_rank)
-        pairs.save_pretrained(self.folder)
+        if PartialState().is_main_process:
+            pairs.save_pretrained(folder)
         return pairs
 
     def _objective(self, text: Text, pairs: MergedPairs) -> Objective:
@@ -207,39 +285,61 @@ class Study:
         return Objective(self.model, text.calibration, 4 << 30, journal, merged_pairs=pairs)
 
 
+def split_name(named: str) -> tuple[str, str]:
+    """Name and source of a text."""
+    name, _, source = named.partition("=")
+    if not source:
+        raise ValueError(f"{named!r} is not name=source")
+    return name, source
+
+
+def is_of(row: dict[str, Any], names: dict[str, Any]) -> bool:
+    """Whether a row has these values. One that was made before there were such columns has not."""
+    return all(key in row and row[key] == value for key, value in names.items())
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """A line for each calibration text, number of blocks and strategy: means over seeds, and their spread."""
-    names = list(dict.fromkeys(row["validation"] for row in rows))
-    lines = [
-        f"| calibration | blocks | strategy | KL, calibration | {' | '.join(f'KL, {name}' for name in names)} "
-        "| spread | overlap of sets | cost / dense forwards | of plain greedy | missing blocks (first seed) |",
-        "|---|---|---|" + "---|" * (len(names) + 5),
-    ]
-    keys = dict.fromkeys((row["calibration"], row["num_blocks"], row["strategy"]) for row in rows)
-    for key in sorted(keys, key=lambda key: key[:2]):
-        own = [row for row in rows if (row["calibration"], row["num_blocks"], row["strategy"]) == key]
-        first = [row for row in own if row["validation"] == names[0]]
-        means = [stats.mean(row["kl"] for row in own if row["validation"] == name) for name in names]
-        kls = [row["kl"] for row in first]
-        cost = stats.mean(row["block_tokens"] / row["dense_forward_block_tokens"] for row in first)
-        plain = [
-            row["block_tokens"] / row["plain_greedy_block_tokens"]
-            for row in first
-            if "plain_greedy_block_tokens" in row
-        ]
-        # One draw has no spread.
-        spread = f"{(max(kls) - min(kls)) / stats.mean(kls):.1%}" if len(kls) > 1 else ""
-        best = first[0]
-        merged = (f"{absorbed} into {kept}" for kept, absorbed in best["merged_blocks"])
-        missing = ", ".join([*map(str, best["removed_blocks"]), *merged])
+    """
+    A line for each calibration text, number of blocks and strategy: means over seeds, and their spread. Lines that
+    were made with other options have columns that say which. Rows that do not say what they were made with are left
+    out.
+    """
+    rows = [row for row in rows if all(key in row for key in (*SEARCH, *PLACE))]
+    options = [name for name in SHOWN if len({row[name] for row in rows} - {None}) > 1]
+    places = list(dict.fromkeys(tuple(row[key] for key in PLACE) for row in rows))
+    names = [place[0] for place in places]
+    labels = [name if names.count(name) == 1 else f"{name} ({n} of {source})" for name, source, n in places]
+    header = ["calibration", "blocks", "strategy", *options, "KL, calibration", *(f"KL, {label}" for label in labels)]
+    header += ["spread", "overlap of sets", "cost / dense forwards", "of plain greedy", "minutes"]
+    header += ["missing blocks (first seed)"]
+    lines = [header, ["---"] * len(header)]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(json.dumps([row[key] for key in SEARCH]), []).append(row)
+    for own in sorted(groups.values(), key=lambda own: (own[0]["calibration"], own[0]["num_blocks"])):
+        kls = [[row["kl"] for row in own if tuple(row[key] for key in PLACE) == place] for place in places]
+        searches = list({row["seed"]: row for row in reversed(own)}.values())[::-1]  # a row of each
+        first, of_first = searches[0], next(found for found in kls if found)
+        costs = [search["block_tokens"] for search in searches]
+        dense = [search["dense_forward_block_tokens"] for search in searches]
+        plain = [search.get("plain_greedy_block_tokens") for search in searches]
+        merged = (f"{absorbed} into {kept}" for kept, absorbed in first["merged_blocks"])
         lines.append(
-            f"| {key[0]} | {key[1]} | {key[2]} | {stats.mean(row['kl_calibration'] for row in first):.4f} | "
-            + " | ".join(f"{mean:.4f}" for mean in means)
-            + f" | {spread} | {overlap(first)} | {cost:.1f} | "
-            + (f"{stats.mean(plain):.0%}" if plain else "")
-            + f" | {missing} |"
+            [
+                *(first[key] for key in ("calibration", "num_blocks", "strategy")),
+                *("" if first[name] is None else first[name] for name in options),
+                f"{stats.mean(search['kl_calibration'] for search in searches):.4f}",
+                *(f"{stats.mean(found):.4f}" if found else "" for found in kls),
+                # One draw has no spread.
+                f"{(max(of_first) - min(of_first)) / stats.mean(of_first):.1%}" if len(of_first) > 1 else "",
+                overlap(searches),
+                f"{stats.mean(map(truediv, costs, dense)):.1f}",
+                "" if None in plain else f"{stats.mean(map(truediv, costs, plain)):.0%}",
+                f"{stats.mean(search['seconds'] for search in searches) / 60:.1f}",
+                ", ".join([*map(str, first["removed_blocks"]), *merged]),
+            ]
         )
-    return "\n".join(lines) + "\n"
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def overlap(rows: list[dict[str, Any]]) -> str:

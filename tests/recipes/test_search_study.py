@@ -61,6 +61,9 @@ def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, mon
     assert by_strategy["annealing+merges", 0]["distilling_block_tokens"] > 0
     table = (folder / "table.md").read_text()
     assert table in capsys.readouterr().out and table.count("| first | 2 |") == 7
+    header = table.splitlines()[0].split(" | ")
+    assert header[:6] == ["| calibration", "blocks", "strategy", "KL, calibration", "KL, first", "KL, second"]
+    assert header[-2:] == ["minutes", "missing blocks (first seed) |"]
     assert (folder / "fronts" / "first-annealing-1" / "pareto_front.json").is_file()
 
     # A finished study makes nothing again, and one that lost its rows computes no energy again.
@@ -73,12 +76,69 @@ def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, mon
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
 
 
+def rows_of(study, options, **changed):
+    few = {"strategies": ["greedy"], "num_blocks": [1], "seeds": [0]}
+    study.Study(study.StudyArguments(**options | few | changed)).run()
+    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+
+
+def test_other_options_make_other_rows(study, options, monkeypatch):
+    first = rows_of(study, options)
+    assert len(first) == 2 and {row["calibration_examples"] for row in first} == {8}
+    rows = rows_of(study, options, calibration_examples=10)
+    assert rows[:2] == first and [row["calibration_examples"] for row in rows[2:]] == [10, 10]
+    table = (Path(options["output_dir"]) / "table.md").read_text().splitlines()
+    assert table[0].startswith("| calibration | blocks | strategy | calibration_examples | KL, calibration |")
+    for line, row in zip(table[2:], rows[::2], strict=True):
+        assert line.startswith(f"| first | 1 | greedy | {row['calibration_examples']} | {row['kl_calibration']:.4f} |")
+    # A text more is measured without another search.
+    monkeypatch.setattr(study.Study, "_found", None)
+    texts = [*options["validation"], f"third={Path(options['model_name_or_path']).with_name('third.jsonl')}"]
+    more = rows_of(study, options, validation=texts, validation_examples=[8, 4, 60])
+    assert more[:4] == rows and [row["validation"] for row in more[4:]] == ["third"]
+
+
+def test_rows_that_do_not_say_what_they_were_made_with_are_kept_and_not_mixed_in(study, options):
+    folder = Path(options["output_dir"])
+    old = {"strategy": "greedy", "seed": None, "num_blocks": 1, "calibration": "first", "validation": "first", "kl": 9}
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps([old]))
+    rows = rows_of(study, options)
+    assert rows[0] == old and len(rows) == 3
+    assert (folder / "table.md").read_text().count("| greedy |") == 1
+
+
+def test_pairs_are_those_of_the_options(study, options):
+    options |= {"strategies": ["annealing+merges"], "num_blocks": [1], "seeds": [0], "validation_examples": [4]}
+    study.Study(study.StudyArguments(**options)).run()
+    study.Study(study.StudyArguments(**options | {"merge_tokens": 200})).run()
+    pairs = {path.parent.name for path in Path(options["output_dir"]).glob("pairs/*/merged_pairs.safetensors")}
+    rows = json.loads((Path(options["output_dir"]) / "results.json").read_text())
+    assert [row["merge_tokens"] for row in rows] == [300, 300, 200, 200]
+    assert {row["merge_source"] for row in rows} == pairs and len(pairs) == 2
+
+
+def test_what_is_found_on_one_text_is_measured_on_the_others(study, options):
+    texts = options["validation"]
+    rows = rows_of(study, options, calibration=texts, validation=texts[:1], validation_examples=[8])
+    measured = {(row["calibration"], row["validation"]): row["kl"] for row in rows}
+    assert measured.keys() == {
+        ("first", "first"), ("first", "second, calibration"), ("second", "first"), ("second", "first, calibration")
+    }  # fmt: skip
+    # On the same examples it is the same.
+    assert measured["second", "first"] == pytest.approx(measured["second", "first, calibration"])
+    table = (Path(options["output_dir"]) / "table.md").read_text()
+    assert " | KL, first | KL, first, calibration | KL, second, calibration | " in table.splitlines()[0]
+    assert rows_of(study, options, calibration=texts, validation=texts[:1], validation_examples=[8]) == rows
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"strategies": ["magic"]}, "unknown strategy 'magic'"),
         ({"validation_examples": [1, 2, 3]}, "validation_examples: 3 for 2 texts"),
         ({"calibration": ["nameless"]}, "'nameless' is not name=source"),
+        ({"calibration": ["a=first", "a=second"]}, "two texts are called 'a'"),
     ],
 )
 def test_bad_requests_are_named(study, options, change, message):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -149,13 +150,19 @@ def test_merged_pairs_are_distilled_once_and_resumed(setup, tmp_path, monkeypatc
     options = config(merge_pairs=True, merge_tokens=256, num_token_aware_blocks=None)
     with pytest.raises(ValueError, match="merge_pairs needs merge_text"):
         search_plan(*setup, options, tmp_path)
-    read = []
-    rows = (read.append(row) or row for row in torch.randint(3, 250, (100, 32)).tolist())
+    read, text = [], torch.randint(3, 250, (100, 32)).tolist()
+    rows = (read.append(row) or row for row in text)
     plan = search_plan(*setup, options, tmp_path, merge_text=rows)
     assert len(read) == 8  # 256 tokens
     assert plan.decode.merged_blocks and plan.provenance["cost"]["distilling_pairs_block_tokens"] > 0
     monkeypatch.setattr(type(setup[0]), "forward", None)  # all is known
-    assert outcome(search_plan(*setup, options, tmp_path)) == outcome(plan)
+    assert outcome(search_plan(*setup, options, tmp_path, merge_text=text)) == outcome(plan)
+    others = ({"merge_tokens": 128}, {"merge_rank": 8}, {"num_protected_first_blocks": 2})
+    for other in others:
+        with pytest.raises(ValueError, match=r"merged_pairs.safetensors holds pairs .* remove it, or choose another"):
+            search_plan(*setup, replace(options, **other), tmp_path, merge_text=text)
+    with pytest.raises(ValueError, match="distilled from other text"):
+        search_plan(*setup, options, tmp_path, merge_text=text[::-1])
 
 
 def test_options_reach_the_search(setup, calibration):

@@ -42,14 +42,16 @@ class MergedPairs:
     Args:
         pairs (`Mapping[tuple[int, int], GapFit]`, *optional*): What the kept block does, by [kept, absorbed].
         fingerprint (`str`, *optional*): Of the dense model that they belong to.
+        source (`str`, *optional*): Of what they were distilled from, see [`MergedPairs.source_digest`].
 
     Attributes:
         block_tokens (`int`): Block forwards x tokens that distilling them took.
     """
 
-    def __init__(self, pairs: Mapping[tuple[int, int], GapFit] | None = None, fingerprint: str = ""):
+    def __init__(self, pairs: Mapping[tuple[int, int], GapFit] | None = None, fingerprint: str = "", source: str = ""):
         self.pairs = dict(pairs or {})
         self.fingerprint = fingerprint
+        self.source = source
         self.block_tokens = 0
 
     def __contains__(self, pair: tuple[int, int]) -> bool:
@@ -64,6 +66,17 @@ class MergedPairs:
                 digest.update(repr((pair, name, tensor.shape)).encode())
                 digest.update(tensor.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16] if self.pairs else ""
+
+    @staticmethod
+    def source_digest(
+        model: nn.Module, input_ids: Sequence[torch.LongTensor], absorbed_blocks: Sequence[int], rank: int
+    ) -> str:
+        """Tells apart what pairs are distilled from; the arguments are those of [`MergedPairs.distil`]."""
+        digest = hashlib.sha256(repr((model_fingerprint(model), sorted(absorbed_blocks), rank)).encode())
+        for batch in input_ids:
+            digest.update(repr(tuple(batch.shape)).encode())
+            digest.update(batch.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @classmethod
     def distil(
@@ -85,7 +98,8 @@ class MergedPairs:
             `ValueError`: If a block's last linear layer does not write into the hidden states as it is (a norm comes
                 between, or experts), or if hidden states are not finite.
         """
-        made = cls(fingerprint=model_fingerprint(model))
+        source = cls.source_digest(model, input_ids, absorbed_blocks, rank)
+        made = cls(fingerprint=model_fingerprint(model), source=source)
         state = PartialState()
         regression = GapRegression(model, input_ids)
         own = list(enumerate(sorted(absorbed_blocks)))[state.process_index :: state.num_processes]
@@ -156,6 +170,7 @@ class MergedPairs:
             layers[f"{kept}.{absorbed}"] = [fit.output_layer, *(fit.neurons.input_layers if fit.neurons else ())]
         metadata = {
             "fingerprint": self.fingerprint,
+            "source": self.source,
             "block_tokens": str(self.block_tokens),
             "layers": json.dumps(layers),
         }
@@ -182,7 +197,7 @@ class MergedPairs:
                 tuple(map(int, pair.split("."))): GapFit.from_tensors(tensors, layers[pair][0], layers[pair][1:])
                 for pair, tensors in by_pair.items()
             }
-            read = cls(pairs, metadata["fingerprint"])
+            read = cls(pairs, metadata["fingerprint"], metadata.get("source", ""))
             read.block_tokens = int(metadata["block_tokens"])
         except (SafetensorError, KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{path} holds no merged pairs: {error}") from error

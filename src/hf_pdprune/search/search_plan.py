@@ -206,12 +206,19 @@ def _merged_pairs(
     """The pairs that may be merged, distilled now or by the search that is resumed."""
     if not config.merge_pairs:
         return MergedPairs()
-    if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
-        return MergedPairs.from_pretrained(output_dir, model)
     absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
     if merge_text is None:
         raise ValueError("merge_pairs needs merge_text, which pairs are distilled on")
     input_ids = pack_tokens(merge_text, config.merge_tokens, device=model.device)
+    if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
+        pairs = MergedPairs.from_pretrained(output_dir, model)
+        if pairs.source != MergedPairs.source_digest(model, input_ids, absorbed, config.merge_rank):
+            raise ValueError(
+                f"{Path(output_dir) / MERGED_PAIRS_FILE_NAME} holds pairs that were distilled from other text, or "
+                "with another merge_tokens, merge_rank or number of protected blocks; remove it, or choose another "
+                "output folder"
+            )
+        return pairs
     pairs = MergedPairs.distil(model, input_ids, absorbed, config.merge_rank)
     if output_dir is not None and PartialState().is_main_process:
         pairs.save_pretrained(output_dir)
