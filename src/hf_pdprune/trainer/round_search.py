@@ -1,13 +1,41 @@
 """RoundSearch: chooses the blocks of a removal round anew, with what distillation has healed so far."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..data import PromptCompletionCollator
 from ..plan import PruningPlan
 from ..search import Calibration, Objective
+from ..search.calibration import MIN_COMPLETION_TOKENS
 from ..search.operations import with_removed
+
+
+def round_examples(
+    rows: Iterable[dict[str, Any]], count: int, collator: PromptCompletionCollator
+) -> list[dict[str, list[int]]]:
+    """
+    The examples that rounds are searched on. A trainer asks for them before the first step, too: what is wrong with
+    them should not be found out in the second round.
+
+    Args:
+        rows (`Iterable[dict]`): Training rows with `input_ids`.
+        count (`int`): So many of them are taken, `round_search_examples`.
+        collator ([`PromptCompletionCollator`]): Cuts them into prompt and completion.
+
+    Raises:
+        `ValueError`: If they have too few completion tokens to choose blocks by.
+    """
+    examples = [collator.with_prompt(row) for _, row in zip(range(count), rows, strict=False)]
+    tokens = sum(label != -100 for example in examples for label in example["labels"])
+    if tokens < MIN_COMPLETION_TOKENS:
+        raise ValueError(
+            f"round_search_examples={count} is too small: the first {len(examples)} training rows have {tokens} "
+            f"completion tokens, search_in_rounds needs at least {MIN_COMPLETION_TOKENS}"
+        )
+    return examples
 
 
 class RoundSearch:
@@ -18,7 +46,7 @@ class RoundSearch:
     Args:
         model (`nn.Module`): The dense model with adapters.
         adapters (`Mapping[str, str]`): Adapter of each stage.
-        examples (`Sequence[dict]`): What plans are measured on, each with `input_ids` and `labels`.
+        examples (`Sequence[dict]`): What plans are measured on, see [`round_examples`].
         removable (`Sequence[int]`): Blocks that may be removed.
         pad_token_id (`int`): Fills up the examples.
         batch_size (`int`): Examples per forward.

@@ -1,0 +1,40 @@
+import pytest
+
+from hf_pdprune.data import PromptCompletionCollator
+from hf_pdprune.plan import PruningPlan, StagePlan
+from hf_pdprune.trainer.round_search import RoundSearch, round_examples
+
+
+COLLATOR = PromptCompletionCollator(0)
+
+
+def rows_of(completion_tokens, count=20):
+    """Rows whose completion is so long."""
+    tokens = list(range(3, 27))
+    return [{"input_ids": tokens, "labels": [-100] * (24 - completion_tokens) + tokens[-completion_tokens:]}] * count
+
+
+def test_as_many_rows_as_wanted_become_examples():
+    read = []
+    examples = round_examples((read.append(1) or row for row in rows_of(12)), 6, COLLATOR)
+    assert examples == rows_of(12)[:6] and len(read) <= 7
+    assert len(round_examples(rows_of(12), 50, COLLATOR)) == 20
+
+
+def test_too_few_completion_tokens_name_the_option():
+    # As eight rows of MMLU have them: a letter, and the end of the text.
+    message = r"round_search_examples=8 is too small: the first 8 training rows have 16 completion tokens, .* least 64"
+    with pytest.raises(ValueError, match=message):
+        round_examples(rows_of(2), 8, COLLATOR)
+    assert len(round_examples(rows_of(2, 40), 32, COLLATOR)) == 32
+
+
+def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_llama, adapted):
+    model = adapted(tiny_llama)
+    search = RoundSearch(
+        model, {"prefill": "prefill", "decode": "decode"}, round_examples(rows_of(12), 6, COLLATOR), range(1, 5)
+    )
+    before = PruningPlan.empty(tiny_llama, prefill=StagePlan((2,)), decode=StagePlan((2,)))
+    found = search(before, PruningPlan.empty(tiny_llama, prefill=StagePlan((1, 3)), decode=StagePlan((1, 3, 4))))
+    prefill, decode = found.prefill.missing_blocks, found.decode.missing_blocks
+    assert len(prefill) == 2 and len(decode) == 3 and 2 in prefill and {0, 5}.isdisjoint(decode)
