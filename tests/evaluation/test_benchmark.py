@@ -7,6 +7,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, benchmark
 from hf_pdprune.evaluation.benchmark import compared, in_turns, steady_process
+from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.hub import build_stage
 from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.kv import StaticDecodeCache, TokenAwareCache
@@ -46,7 +47,8 @@ def test_result_is_complete(tiny_llama, plan, as_checkpoints):
         assert case["latency"]["dense"] == pytest.approx(seconds) and case["latency"]["answer_tokens"] == 10
         assert case["throughput"]["dense"] == pytest.approx(case["batch_size"] * 10 / seconds)
         assert case["throughput"]["ratio"] == pytest.approx(1 / case["latency"]["ratio"])
-        assert case["memory"]["decode"] == {"dense": None, "pruned": None}  # nobody counts on a CPU
+        for stage, peak in case["memory"].items():
+            assert peak["dense"] > 4 * sum(parameter.numel() for parameter in tiny_llama.parameters()), stage
         held = case["kv"]["bytes_held"]
         assert (held["dense"], held["pruned"]) == (case["kv"]["bytes_dense"], case["kv"]["bytes_kv"])
         for what, limit in (("ttft", "prefill_flops"), ("tpot", "decode_bytes")):
@@ -71,6 +73,39 @@ def test_bytes_are_those_of_the_payload(tiny_llama, plan):
     assert kv["bytes_kv"] == (2 * 32 + 2 * 8) * per_token
     assert kv["bytes_sent"] > kv["bytes_kv"] and kv["ratio"] == kv["bytes_dense"] / kv["bytes_sent"]
     assert kv["ratio_by_blocks"] * kv["ratio_by_tokens"] == pytest.approx(kv["bytes_dense"] / kv["bytes_kv"])
+
+
+def test_peaks_have_the_cache_in_them(tiny_llama, plan):
+    pair = [kind(build_stage(tiny_llama, plan, kind.name), plan) for kind in (PrefillStage, DecodeStage)]
+    (case,) = SpeedBenchmark(tiny_llama, *pair, small(prompt_tokens=[480], batch_sizes=[4])).run()["cases"]
+    held = case["kv"]["bytes_held"]
+    for name, model in (("dense", tiny_llama), ("pruned", pair[1].model)):
+        parameters = 4 * sum(parameter.numel() for parameter in model.parameters())
+        layer = held["dense"] / 6
+        assert parameters + held[name] < case["memory"]["decode"][name] < parameters + held[name] + 2 * layer
+    # Without a warm-up a CPU has no turn for it, since a step that is timed must not be followed.
+    (case,) = SpeedBenchmark(tiny_llama, *pair, small(warmup=0)).run()["cases"]
+    assert case["memory"]["prefill"] == case["memory"]["decode"] == {"dense": None, "pruned": None}
+    assert ResultTable.of_speed_cases([case]).rows[1][-1] == "not measured"
+
+
+def test_dense_steps_run_every_block_also_where_the_stage_is_a_view_of_the_dense_model(tiny_llama, plan, monkeypatch):
+    ran = {}
+    step = SpeedBenchmark._step
+
+    def watched(self, model, cache, *args):
+        calls = []
+        handles = [layer.mlp.register_forward_hook(lambda *_: calls.append(1)) for layer in blocks]
+        tokens = step(self, model, cache, *args)
+        for handle in handles:
+            handle.remove()
+        ran.setdefault(type(cache), set()).add(len(calls))
+        return tokens
+
+    blocks = list(tiny_llama.model.layers)
+    monkeypatch.setattr(SpeedBenchmark, "_step", watched)
+    SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()
+    assert ran == {DynamicCache: {6}, TokenAwareCache: {4}}
 
 
 def test_nothing_removed_has_no_saved_over_share(tiny_llama):

@@ -1,28 +1,52 @@
 import pytest
 import torch
+from transformers import DynamicCache
 
 from hf_pdprune.evaluation.peak_memory import PeakMemory
 
 
-def test_weights_are_counted_once_and_a_cpu_has_no_peak(tiny_model):
-    model = tiny_model("llama", tie_word_embeddings=True)
-    peak = PeakMemory(model)
-    with peak:
-        torch.zeros(1000)
-    assert peak.nbytes is None
-    assert peak.weights == 4 * (sum(p.numel() for p in model.parameters()) + sum(b.numel() for b in model.buffers()))
+DEVICES = ["cpu", pytest.param("accelerator", marks=pytest.mark.gpu)]
 
 
-@pytest.mark.gpu
-def test_the_peak_is_that_of_the_model_alone(tiny_llama):
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cpu":
+        return torch.device("cpu")
     if not torch.accelerator.is_available():
         pytest.skip("no accelerator")
-    model = tiny_llama.to(torch.accelerator.current_accelerator())
-    other = torch.zeros(10_000_000, device=model.device)
+    return torch.accelerator.current_accelerator()
+
+
+def test_weights_are_counted_once(tiny_model):
+    model = tiny_model("llama", tie_word_embeddings=True)
+    assert PeakMemory(model).nbytes is None
+    with PeakMemory(model) as peak:
+        pass
+    parameters, buffers = (sum(t.numel() for t in tensors) for tensors in (model.parameters(), model.buffers()))
+    assert peak.nbytes == peak.weights == 4 * (parameters + buffers)
+
+
+def test_the_peak_is_that_of_the_model_alone(tiny_llama, device):
+    model = tiny_llama.to(device)
+    other = torch.zeros(10_000_000, device=device)
     peak = PeakMemory(model)
     with peak:
-        more = torch.zeros(1_000_000, device=model.device)
+        more = torch.zeros(1_000_000, device=device)
     del more
     with peak:
         pass
     assert peak.weights + 4_000_000 <= peak.nbytes < peak.weights + 5_000_000 and other.numel()
+
+
+@torch.no_grad()
+def test_a_cache_that_was_there_before_counts(tiny_llama, device):
+    model, tokens = tiny_llama.to(device), 400
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    prompt = torch.zeros(1, tokens, dtype=torch.long, device=device)
+    for cache in caches:
+        model(prompt, past_key_values=cache)
+    with PeakMemory(model, caches[0]) as peak:
+        model(prompt[:, :1], past_key_values=caches[0])
+    layer = 2 * 2 * 16 * 4 * tokens  # keys and values, 2 heads of 16 numbers, float32
+    # A layer's new keys and values are there beside the old ones, one layer after the other.
+    assert peak.weights + 6 * layer < peak.nbytes < peak.weights + 8 * layer

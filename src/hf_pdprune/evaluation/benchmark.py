@@ -4,7 +4,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..kv import KVPayload, StaticDecodeCache, TokenAwareCache
 from .benchmark_config import BenchmarkConfig
 from .environment import describe_environment
 from .parameter_share import parameter_shares
-from .peak_memory import PeakMemory
+from .peak_memory import PeakMemory, cache_tensors
 from .roofline import roofline
 
 
@@ -83,9 +83,10 @@ class SpeedBenchmark:
         Returns:
             `dict[str, Any]`: `cases`, one per prompt length and batch size, each with `ttft` and `tpot` (seconds of
             `dense` and `pruned`: median, quartiles; their `ratio`, pruned / dense), `latency` (seconds) and
-            `throughput` (tokens per second of all rows) of an answer, `memory` (peak bytes by stage where there is an
-            accelerator, see [`PeakMemory`]), `kv` and `roofline` (see [`roofline`]); `shares` (see
-            [`parameter_shares`]); `environment`; and for the first case, as `results.json` has them, `speed` and `kv`.
+            `throughput` (tokens per second of all rows) of an answer, `memory` (peak bytes by stage, see
+            [`PeakMemory`]; `None` where a CPU has no turn for it: without warm-up, and for compiled steps), `kv` and
+            `roofline` (see [`roofline`]); `shares` (see [`parameter_shares`]); `environment`; and for the first case,
+            as `results.json` has them, `speed` and `kv`.
         """
         shares = parameter_shares(self.dense_model, self.prefill, self.decode)
         sizes = [(tokens, rows) for tokens in self.config.prompt_tokens for rows in self.config.batch_sizes]
@@ -124,16 +125,13 @@ class SpeedBenchmark:
         progress.set_postfix(prompt_tokens=prompt_tokens, batch_size=batch_size)
 
         # Time to first token
-        memory = {
-            "prefill": {"dense": PeakMemory(self.dense_model), "pruned": PeakMemory(self.prefill.model)},
-            "decode": {"dense": PeakMemory(self.dense_model), "pruned": PeakMemory(self.decode.model)},
-        }
+        memory = {"prefill": {"dense": PeakMemory(self.dense_model), "pruned": PeakMemory(self.prefill.model)}}
         ttft: dict[str, list[float]] = {"dense": [], "pruned": []}
         for turn in range(-self.config.warmup, self.config.repeats):
             cache, payload = None, None  # freed before the next ones are made
             for name in in_turns(turn):
                 gc.collect()
-                with memory["prefill"][name]:
+                with self._watched(memory["prefill"][name], turn):
                     if name == "dense":
                         seconds, cache, first_token = self._timed(self._dense_prefill, prompt_ids)
                     else:
@@ -149,23 +147,32 @@ class SpeedBenchmark:
         tokens = {"dense": first_token, "pruned": payload.first_token}
         # Columns of the prompts' ids so far: with strides of their own the first step would be compiled for itself.
         tokens = {name: ids.clone(memory_format=torch.contiguous_format) for name, ids in tokens.items()}
-        with (
-            self.decode.active(),
-            TokenAwareCache.from_payload(
-                payload, self.decode.plan, self.decode.model, self.decode.running_blocks
-            ) as pruned_cache,
-        ):
+        with ExitStack() as hooks:
+            # Where the stage is a view of the dense model, the dense steps must not see it.
+            with self.decode.active():
+                pruned_cache = hooks.enter_context(
+                    TokenAwareCache.from_payload(
+                        payload, self.decode.plan, self.decode.model, self.decode.running_blocks
+                    )
+                )
+                payload = None  # entries that both hold would not be freed when the cache replaces them
+                models = {"dense": (self.dense_model, cache), "pruned": (self.decode.module, pruned_cache)}
+                if self.config.compile_decode:
+                    models = self._compiled(cache, pruned_cache)
             held = {"dense": cache_bytes(cache), "pruned": cache_bytes(pruned_cache)}
-            models = {"dense": (self.dense_model, cache), "pruned": (self.decode.module, pruned_cache)}
-            if self.config.compile_decode:
-                models = self._compiled(cache, pruned_cache)
+            memory["decode"] = {
+                "dense": PeakMemory(self.dense_model, models["dense"][1]),
+                "pruned": PeakMemory(self.decode.model, models["pruned"][1]),
+            }
             for turn in range(-4 * self.config.warmup, self.config.decode_tokens):
                 length = prompt_tokens + 4 * self.config.warmup + turn + 1
                 mask = None  # nothing is padded
                 if not self.config.compile_decode:
                     mask = torch.ones((batch_size, length), dtype=torch.long, device=self.device)
                 for name in in_turns(turn):
-                    with memory["decode"][name]:
+                    is_stage = self.decode.active() if name == "pruned" else nullcontext()
+                    peak = memory["decode"][name]
+                    with is_stage, self._watched(peak, turn, self.config.compile_decode):
                         seconds, tokens[name] = self._timed(self._step, *models[name], tokens[name], mask)
                     if turn >= 0:
                         tpot[name].append(seconds)
@@ -195,6 +202,14 @@ class SpeedBenchmark:
             "dense": (self.dense_model.get_compiled_call(config), static),
             "pruned": (self.decode.model.get_compiled_call(config), pruned),
         }
+
+    def _watched(self, peak: PeakMemory, turn: int, is_compiled: bool = False) -> AbstractContextManager:
+        """
+        The peak's context, in every turn on an accelerator. On a CPU it takes time, so that only the last turn of the
+        warm-up has it, and compiled steps, into which it cannot look, have none.
+        """
+        is_free = self.device.type != "cpu"
+        return peak if is_free or (turn == -1 and not is_compiled) else nullcontext()
 
     def _timed(self, function: Callable, *args: Any) -> tuple:
         """Seconds that the function takes, and what it returns."""
@@ -257,8 +272,7 @@ def answer_speed(times: dict[str, Any], answer_tokens: int, batch_size: int) -> 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of keys and values that a cache holds."""
-    layers = [layer for layer in cache.layers if layer.is_initialized]
-    return sum(tensor.numel() * tensor.element_size() for layer in layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in cache_tensors(cache))
 
 
 def summary(values: list[float]) -> dict[str, Any]:
