@@ -51,7 +51,7 @@ HANDOVER = {
 
 def test_a_row_tells_both_ttfts_and_the_share_of_the_transfer():
     text = link_table(ROWS).to_markdown()
-    for title in ("TTFT, from prefill", "TTFT, from decode", "second token", "share", "TPOT"):
+    for title in ("TTFT, from prefill", "TTFT, from decode", "second token", "hand-over time", "share", "TPOT"):
         assert title in text
     expected = "| slow | dense | in one piece | 47.00 MB | 2,000 ms | 4,000 ms | 4,000 ms | 1,950 ms | 48.8% | 50 ms |"
     assert expected in text

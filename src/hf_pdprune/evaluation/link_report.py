@@ -43,7 +43,7 @@ def link_lines(handover: Mapping[str, Any]) -> list[str]:
     lines = [
         f"One prompt of {settings['prompt_tokens']:,} tokens, {environment['device']}, {environment['dtype']}. "
         "Where prefill gives the first token, TTFT has no transfer in it, and the second token waits for it; where "
-        "decode gives it, TTFT has. Hand-over: from the end of prefill until decode has the payload (what is left to "
+        "decode gives it, TTFT has. Hand-over time: from the end of prefill until decode has the payload (what is left to "
         "pack and to send, and unpacking), and its share of that TTFT. TPOT: a decode step.",
         "",
         f"Measured over a loopback socket that keeps to each link's pace, medians of {settings['repeats']} in turns:",
@@ -65,7 +65,7 @@ def link_lines(handover: Mapping[str, Any]) -> list[str]:
 def link_table(rows: Sequence[Mapping[str, Any]]) -> ResultTable:
     """A row per link, kind of hand-over and way to send it."""
     title = ["link", "hand-over", "sent", "bytes", "TTFT, from prefill", "second token", "TTFT, from decode"]
-    table = ResultTable([[*title, "hand-over", "share", "TPOT"]])
+    table = ResultTable([[*title, "hand-over time", "share", "TPOT"]])
     for row in rows:
         cells = [row["link"], row["kind"], row["sent"], megabytes(row["bytes_sent"])]
         cells += [milliseconds(row[key]) for key in ("ttft", "second_token", "ttft_decode", "hand_over")]
