@@ -43,8 +43,8 @@ def link_lines(handover: Mapping[str, Any]) -> list[str]:
     lines = [
         f"One prompt of {settings['prompt_tokens']:,} tokens, {environment['device']}, {environment['dtype']}. "
         "Where prefill gives the first token, TTFT has no transfer in it, and the second token waits for it; where "
-        "decode gives it, TTFT has. Hand-over time: from the end of prefill until decode has the payload (what is left "
-        "to pack and to send, and unpacking), and its share of that TTFT. TPOT: a decode step.",
+        "decode gives it, TTFT has. Hand-over time: from the end of prefill until decode has the payload (what is "
+        "left to pack and to send, and unpacking), and its share of that TTFT. TPOT: a decode step.",
         "",
         f"Measured over a loopback socket that keeps to each link's pace, medians of {settings['repeats']} in turns:",
         "",
