@@ -51,3 +51,19 @@ def test_what_is_not_default_is_said_and_places_are_not():
         "--stages <stages> --limit 7"
     )
     assert command_line("recipes/x.py", Options("pair")) == "accelerate launch recipes/x.py --stages pair"
+
+
+@dataclass
+class OneOfTwo:
+    stages: str | None = None
+    shape: str | None = None
+    sizes: list[int] = field(default_factory=lambda: [1])
+
+    def __post_init__(self):
+        if (self.stages is None) == (self.shape is None):
+            raise ValueError("give either stages or shape")
+
+
+def test_options_of_which_one_must_be_given():
+    assert command_line("recipes/x.py", OneOfTwo(shape="8b")) == "accelerate launch recipes/x.py --shape 8b"
+    assert command_line("recipes/x.py", OneOfTwo("pair", sizes=[2])).endswith("--stages pair --sizes 2")

@@ -25,10 +25,10 @@ def command_line(recipe: str, *options: Any, folders: Collection[str] = ()) -> s
     for part in options:
         fields = [option for option in dataclasses.fields(part) if option.init and option.name not in _SECRETS]
         required = {option.name: getattr(part, option.name) for option in fields if _is_required(option)}
-        default = type(part)(**required)  # as __post_init__ leaves it, and so are the options
+        defaults = _defaults(part, required)
         for name in (option.name for option in fields):
             value = getattr(part, name)
-            if name not in required and value == getattr(default, name):
+            if name not in required and value == defaults[name]:
                 continue
             words.append(f"--{name}")
             if name in folders:
@@ -36,6 +36,16 @@ def command_line(recipe: str, *options: Any, folders: Collection[str] = ()) -> s
             else:
                 words += [_word(name, item) for item in (value if isinstance(value, list) else [value])]
     return " ".join(words)
+
+
+def _defaults(part: Any, required: dict[str, Any]) -> dict[str, Any]:
+    """The defaults as __post_init__ leaves them, since so are the options."""
+    try:
+        return vars(type(part)(**required))
+    except ValueError:  # one of several options must be given: there is nothing with the defaults alone
+        optional = [option for option in dataclasses.fields(part) if not _is_required(option)]
+        made = {o.name: o.default_factory() for o in optional if o.default_factory is not dataclasses.MISSING}
+        return made | {o.name: o.default for o in optional if o.name not in made}
 
 
 def _is_required(option: dataclasses.Field) -> bool:
