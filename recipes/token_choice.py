@@ -31,10 +31,10 @@ from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
-from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.text_overlap import shown_text
+from hf_pdprune.evaluation.token_choice_report import TOKEN_CHOICE_FILE_NAME, choice_means, choice_table
 from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, dense_forward
 from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PromptWindow
@@ -328,34 +328,6 @@ def score(example: Example, logits: dict[str, list[torch.Tensor]]) -> dict[str, 
     return scores
 
 
-def summary(lines: list[dict[str, Any]], depth: bool = False) -> dict[str, dict[str, dict[str, float]]]:
-    """Means by task and choice; needles and pairs of all lengths and depths together, or by depth."""
-    groups: dict[str, list[dict]] = {}
-    for line in lines:
-        task, *place = line["task"].split(" ")
-        groups.setdefault(f"{task}, depth {place[1]}" if depth and place else task, []).append(line["scores"])
-    return {
-        task: {
-            name: {key: sum(s[name][key] for s in scores) / len(scores) for key in scores[0][name]}
-            for name in scores[0]
-        }
-        for task, scores in groups.items()
-    }
-
-
-def table(means: dict[str, dict[str, dict[str, float]]]) -> ResultTable:
-    """One row per choice; KL and top-1 agreement on text, KL and right answers elsewhere."""
-    rows = [["", *means]]
-    for name in next(iter(means.values())):
-        cells = []
-        for task, by_name in means.items():
-            values = by_name[name]
-            second = values["top1_agreement" if task == "text" else "correct"]
-            cells.append(f"{values['kl']:.3f} / {second:.0%}")
-        rows.append([name, *cells])
-    return ResultTable(rows)
-
-
 def main(args: TokenChoiceArguments) -> None:
     plan = PruningPlan.from_pretrained(args.plan)
     rows = load_text(args.text, split="validation")
@@ -367,15 +339,16 @@ def main(args: TokenChoiceArguments) -> None:
         token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
     ]
     examples = [*texts(args, stream), *retrieval(args, tokenizer, stream), *questions(args, tokenizer)]
-    kept, lines = RowFile(Path(args.output_dir) / "token_choice.jsonl"), []
+    kept, scored = RowFile(Path(args.output_dir) / TOKEN_CHOICE_FILE_NAME), []
     for example in tqdm(examples, desc="Token choice", unit="example"):
         settings = {**choices.settings, "task": example.task, "example": example.digest}
         scores = kept.get_or_make(settings, lambda example=example: choices.scores(example))
-        lines.append({"task": example.task, "scores": scores})
+        scored.append({"settings": settings, "result": scores})
     record_command(args.output_dir, "token_choice", command_line("recipes/token_choice.py", args, folders=PLACES))
-    print(table(summary(lines)).to_text(), "\n")
-    print(table(summary(lines, depth=True)).to_text(), "\n")
-    print(json.dumps(summary(lines)))
+    means = choice_means(scored)
+    print(choice_table(means).to_text(), "\n")
+    print(choice_table(choice_means(scored, by_depth=True)).to_text(), "\n")
+    print(json.dumps(means))
 
 
 if __name__ == "__main__":
