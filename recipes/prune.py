@@ -56,6 +56,7 @@ PLACES = ("model_name_or_path", "output_dir", "plan")
 TRAINING_SETTINGS = (
     "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
     "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
+    "bf16", "fp16",
     "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
     "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
     "train_fitted_layers", "stage", "full_finetuning", "removal_fade_steps", "search_in_rounds",
