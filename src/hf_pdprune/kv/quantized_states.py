@@ -135,7 +135,7 @@ def _signs(numbers: torch.Tensor) -> torch.Tensor:
 def _hadamard(numbers: torch.Tensor) -> torch.Tensor:
     """
     The numbers of each head times an orthonormal Hadamard matrix (block by block where `head_dim` is no power of two).
-    It is its own inverse. For as few numbers as a head has, a product is faster than the fast Walsh-Hadamard transform.
+    It is its own inverse. For as few numbers as a head has, a product is faster than the fast transform.
     """
     head_dim = numbers.shape[-1]
     size = head_dim & -head_dim  # the largest power of two that divides it
