@@ -16,6 +16,7 @@ LAYERS = [
     "weight_files",
     "evaluating",
     "own_attribute",
+    "spread_weights",
     "shortened_config",
     "blocks",
     "pair_layout",

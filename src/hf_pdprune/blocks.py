@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import set_zero3_state
 
 from .shortened_config import check_attention_is_left, num_blocks, shortened_config, text_config_of
+from .spread_weights import input_device
 
 
 # Parameters with a slice for every block (gemma3n, gemma4), by the end of their names: the dimension of the slices.
@@ -176,7 +177,7 @@ def num_block_outputs(model: nn.Module) -> int | None:
         seen: list[Any] = []
         handle = get_blocks(model)[0].register_forward_hook(lambda module, args, output: seen.append(output))
         try:
-            device = model.get_input_embeddings().weight.device
+            device = input_device(model)
             token = torch.zeros((1, 1), dtype=torch.long, device=device)
             # Dropout must not draw: it would shift the random numbers of a training that is resumed.
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else [], enabled=model.training):

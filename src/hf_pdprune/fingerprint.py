@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from .plan import PruningPlan
@@ -36,9 +37,11 @@ def model_fingerprint(model: nn.Module) -> str:
     entries = text_config.to_dict()  # as attributes, those that differ from block to block raise
     shape = {name: entries.get(text_config.attribute_map.get(name, name)) for name in _SHAPE_ENTRIES}
     digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
-    weight = model.get_input_embeddings().weight.detach()
-    rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0])).long()
-    digest.update(weight[rows.to(weight.device)].float().cpu().numpy().tobytes())
+    embeddings = model.get_input_embeddings()
+    with align_module_device(embeddings):  # accelerate may have offloaded them
+        weight = embeddings.weight.detach()
+        rows = torch.linspace(0, weight.shape[0] - 1, min(_SAMPLED_ROWS, weight.shape[0])).long()
+        digest.update(weight[rows.to(weight.device)].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

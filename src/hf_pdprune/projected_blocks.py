@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import Cache, DynamicCache
 
 from .adapters import active_adapter, adapter_layers, is_quantized
@@ -23,6 +22,7 @@ from .blocks import (
 )
 from .evaluating import evaluating
 from .own_attribute import own_attribute
+from .spread_weights import input_device, is_partitioned, is_readable
 
 
 # What projects queries alone, within an attention module. Where one layer makes queries, keys and values, it runs.
@@ -54,7 +54,7 @@ class ProjectedBlock(BypassedBlock):
         super().__init__(block, num_outputs)
         inner = self.block = block_behind(block)  # a submodule, unlike a bypassed one: it runs, adapters and all
         self.is_wrapped = any(isinstance(module, FSDPModule) for module in inner.modules())
-        self.stops_early = not (self.is_wrapped or any(map(_is_partitioned, inner.parameters())))
+        self.stops_early = not (self.is_wrapped or is_partitioned(inner))
         children = get_attention(inner).named_children()
         # A list, so that the layer is no submodule of the stand-in.
         self.query_layers = [layer for name, layer in children if name in _QUERY_LAYERS]
@@ -155,7 +155,7 @@ def idle_layers(model: nn.Module, block: int) -> list[str]:
 
 
 def _find_idle_layers(model: nn.Module, block: int, inner: nn.Module) -> list[str]:
-    if any(map(_is_partitioned, inner.parameters())):
+    if is_partitioned(inner):
         raise ValueError("projected blocks need a model that is loaded whole, and partitioned only then")
     adapted = tuple(f"{name}." for name in adapter_layers(inner))
     layers = {
@@ -190,13 +190,14 @@ def check_projectable(model: nn.Module, blocks: Sequence[int]) -> None:
     """
     for block in blocks:
         inner = block_behind(get_blocks(model)[block])
-        if any(map(_is_partitioned, inner.parameters())):
+        if is_partitioned(inner):
             continue
         keys, values, *_ = _probe(model, block, DynamicCache(config=model.config))
         with project_blocks(model, (block,)):
             results = [_probe(model, block, DynamicCache(config=model.config))]
-        with _without_weights([inner.get_submodule(name) for name in idle_layers(model, block)]):
-            results.append(_probe(model, block, DynamicCache(config=model.config)))
+        if is_readable(inner):  # else its weights are not where zeros could be put
+            with _without_weights([inner.get_submodule(name) for name in idle_layers(model, block)]):
+                results.append(_probe(model, block, DynamicCache(config=model.config)))
         for found_keys, found_values, states, handed_on in results:
             same = torch.equal(found_keys, keys) and torch.equal(found_values, values)
             if not same or not torch.equal(states, handed_on):
@@ -220,15 +221,11 @@ def _probe(model: nn.Module, block: int, cache: Cache) -> tuple[torch.Tensor, ..
     try:
         others = (number for number in range(len(blocks)) if number != block)
         with evaluating(model), active_adapter(model, None), bypass_blocks(model, others):
-            ids = torch.arange(_PROBE_TOKENS, device=model.get_input_embeddings().weight.device)[None]
+            ids = torch.arange(_PROBE_TOKENS, device=input_device(model))[None]
             model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
     finally:
         handle.remove()
     return cache.layers[block].keys, cache.layers[block].values, *seen
-
-
-def _is_partitioned(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_status") or isinstance(parameter, DTensor)
 
 
 @contextmanager

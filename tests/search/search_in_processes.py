@@ -26,6 +26,26 @@ SIZES = {
 }
 
 
+# Nothing stays whole: every parameter is partitioned, and gathered only for those who use it.
+ZERO_3 = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+
+
+def partitioned(model, by_engine):
+    """The model in partitions, as DeepSpeed's engine has it or as it is when it was loaded so."""
+    import deepspeed
+
+    # It would be compiled, for minutes and behind a lock, on every fresh machine; gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if by_engine:
+        return deepspeed.initialize(model=model, config=ZERO_3)[0].module
+    deepspeed.init_distributed("gloo")
+    deepspeed.zero.Init(module=model, config_dict_or_path=ZERO_3)
+    return model
+
+
 def examples_of(prompts, completions=(8, 20), count=10):
     """Random examples; the first half has prompts of the first lengths, the second half of the last ones."""
     rng, examples = random.Random(0), []
@@ -40,6 +60,8 @@ def run(folder: Path, job: dict) -> dict:
     """What a search comes to, or the error with which it ends."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(job.get("model", "llama"), **SIZES)).eval()
+    if "zero3" in job:
+        model = partitioned(model, job["zero3"] == "engine")
     examples = examples_of(job.get("prompts", [[9, 30]] * 2), *job.get("examples", []))
     text = torch.randint(3, 128, (100, 32), generator=torch.Generator().manual_seed(0)).tolist()
     try:
@@ -53,7 +75,7 @@ def run(folder: Path, job: dict) -> dict:
         "energy": plan.provenance["objective"]["result"],
         "cost": plan.provenance["cost"],
         "redundancy": statistics.redundancy,
-        "batches": len(calibration),
+        "batches": sum(1 for _ in calibration.batches),
         "is_written": (folder / PLAN_FILE_NAME).is_file(),
     }
 

@@ -3,9 +3,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 
 from hf_pdprune.plan import PruningPlan
-from hf_pdprune.search import BlockStatistics, SearchConfig, SearchJournal, search_plan
+from hf_pdprune.search import BlockStatistics, MergedPairs, SearchConfig, SearchJournal, search_plan
 from hf_pdprune.search.search_config import STRATEGIES
 
 
@@ -181,6 +182,35 @@ def test_options_reach_the_search(setup, calibration):
     assert spent(search_confidence=0.0, search_share=0.3)[0]["evaluations"] > usual["evaluations"]
     exact, rounded = (spent(strategy="greedy", hidden_cache_dtype=dtype)[1] for dtype in (None, "bfloat16"))
     assert rounded != exact == pytest.approx(rounded, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"token_choice": "attention"}, {"token_aware_criterion": "attention_mass"}, {"relaxed_subset_rule": True}],
+    ids=str,
+)
+def test_a_model_that_lies_on_several_devices_gets_the_same_plan(setup, tiny_model, calibration, tmp_path, options):
+    model, data, statistics = setup
+    options = config(strategy="annealing" if "relaxed_subset_rule" in options else "greedy", **options)
+    expected = search_plan(model, data, statistics, options)
+    places = {f"model.layers.{block}": "cpu" if block % 2 else "disk" for block in range(8)}
+    places |= {"model.embed_tokens": "disk", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    spread = tiny_model("llama", num_hidden_layers=8)
+    spread = dispatch_model(spread, places, offload_dir=str(tmp_path), skip_keys="past_key_values")
+    data = calibration(spread)
+    statistics = BlockStatistics.measure(spread, data.batches)
+    assert outcome(search_plan(spread, data, statistics, options)) == outcome(expected)
+
+
+def test_pairs_of_a_model_that_lies_on_several_devices_are_corrected(tiny_model, calibration, tmp_path):
+    model = tiny_model("llama", num_hidden_layers=8)
+    model = cpu_offload(model, execution_device=torch.device("cpu"))
+    data = calibration(model)
+    statistics, text = BlockStatistics.measure(model, data.batches), torch.randint(3, 250, (20, 32)).tolist()
+    options = config(merge_pairs=True, merge_rank=8, merge_tokens=256, num_prefill_blocks=1, num_decode_blocks=1)
+    plan = search_plan(model, data, statistics, options, tmp_path, merge_text=text)
+    assert all(fit.neurons is None for fit in MergedPairs.from_pretrained(tmp_path, model).pairs.values())
+    assert len(plan.decode.missing_blocks) == 1
 
 
 def test_nothing_to_remove_gives_the_empty_plan(setup):

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from hf_pdprune.search import SearchConfig
 from hf_pdprune.search.targets import num_blocks_to_remove
@@ -25,6 +26,14 @@ def test_a_speedup_takes_as_few_blocks_as_it_needs(model):
     speedup = (blocks + head) / (5 / 8 * blocks + head)
     prefill, decode = num_blocks_to_remove(model, SearchConfig(1, target_tpot_speedup=speedup - 0.001))
     assert (prefill, decode) == (1, 3)
+
+
+def test_weights_in_partitions_count_as_whole_ones(model):
+    config = SearchConfig(target_ttft_speedup=1.5, target_tpot_speedup=1.3)
+    expected = num_blocks_to_remove(model, config)
+    for parameter in model.parameters():  # as ZeRO-3 leaves them
+        parameter.ds_numel, parameter.data = parameter.numel(), torch.empty(0)
+    assert num_blocks_to_remove(model, config) == expected
 
 
 def test_what_cannot_be_met_says_how_near_the_best_comes(model):

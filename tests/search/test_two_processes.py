@@ -36,6 +36,18 @@ JOBS = {
     },
     "no pair": {"config": CONFIG | {"merge_pairs": True, "merge_rank": 4}, "model": "olmo2"},
 }  # fmt: skip
+# The same with weights in partitions, which are gathered by all processes together.
+ZERO_3_JOBS = {
+    "targets": {"config": GREEDY | {"num_prefill_blocks": 0, "target_ttft_speedup": 1.3}, "zero3": "engine"},
+    "one batch": {"config": GREEDY | {"token_aware_criterion": "attention_mass"}, **ONE_BATCH, "zero3": "loaded"},
+    # Batches of which decode reads nothing.
+    "short completions": {
+        "config": GREEDY | {"num_prefill_blocks": 0, "num_decode_blocks": 1, "token_choice": "attention"},
+        "examples": [[1, 3], 48],
+        "zero3": "loaded",
+    },
+    "one pair": JOBS["one pair"] | {"zero3": "engine"},
+}
 
 
 def free_port():
@@ -44,37 +56,74 @@ def free_port():
         return found.getsockname()[1]
 
 
+def search_in_processes(folder, jobs):
+    """What the searches of two processes come to, by process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--master_port", str(free_port()), str(SCRIPT), str(folder), json.dumps(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+
+
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """The folder of the searches of two processes, and what each of these came to."""
     folder = tmp_path_factory.mktemp("searched")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    command += ["--master_port", str(free_port()), str(SCRIPT), str(folder), json.dumps(JOBS)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1)]
+    return folder, search_in_processes(folder, JOBS)
+
+
+@pytest.fixture(scope="module")
+def searched_in_partitions(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    return search_in_processes(tmp_path_factory.mktemp("partitions"), ZERO_3_JOBS)
+
+
+def greedy(jobs):
+    """Those of the jobs that come to the same in any number of processes: guesses are made from the parts."""
+    return [name for name, job in jobs.items() if job["config"].get("strategy") == "greedy"]
+
+
+def check_same(outcomes):
+    """Both processes come to the same, one of them perhaps on fewer batches."""
+    first, second = outcomes
+    batches = first.pop("batches", None), second.pop("batches", None)
+    assert first == second
+    assert first.get("is_written", True)
+    return batches
+
+
+def check_as_alone(outcome, job, folder):
+    """One process finds the same on the same examples."""
+    alone = run(folder, {key: value for key, value in job.items() if key != "zero3"})
+    assert outcome["plan"] == alone["plan"]
+    assert outcome["redundancy"] == pytest.approx(alone["redundancy"])
+    assert outcome["energy"] == pytest.approx(alone["energy"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", JOBS)
 def test_both_processes_come_to_the_same_plan(searched, name):
-    first, second = (outcomes[name] for outcomes in searched[1])
-    batches = first.pop("batches", None), second.pop("batches", None)
-    assert first == second
-    assert first.get("is_written", True)
+    batches = check_same([outcomes[name] for outcomes in searched[1]])
     if name == "no pair":
-        assert "pairs cannot be merged" in first["error"]
+        assert "pairs cannot be merged" in searched[1][0][name]["error"]
     else:
         assert batches == {"unequal prompts": (1, 1)}.get(name, (1, 0) if name.startswith("one batch") else (3, 2))
 
 
-@pytest.mark.parametrize("name", [name for name, job in JOBS.items() if job["config"].get("strategy") == "greedy"])
+@pytest.mark.parametrize("name", greedy(JOBS))
 def test_one_process_finds_the_same_on_the_same_examples(searched, tmp_path, name):
-    # Where guesses decide it may be another set: two processes guess from fewer and larger parts.
-    of_two, alone = searched[1][0][name], run(tmp_path, JOBS[name])
-    assert of_two["plan"] == alone["plan"]
-    assert of_two["redundancy"] == pytest.approx(alone["redundancy"])
-    assert of_two["energy"] == pytest.approx(alone["energy"], rel=1e-5)
+    check_as_alone(searched[1][0][name], JOBS[name], tmp_path)
+
+
+@pytest.mark.parametrize("name", ZERO_3_JOBS)
+def test_both_processes_come_to_the_same_plan_with_weights_in_partitions(searched_in_partitions, name):
+    batches = check_same([outcomes[name] for outcomes in searched_in_partitions])
+    assert batches == {"one batch": (1, 0), "short completions": (12, 12)}.get(name, (3, 2))
+
+
+@pytest.mark.parametrize("name", greedy(ZERO_3_JOBS))
+def test_one_process_finds_the_same_as_two_with_weights_in_partitions(searched_in_partitions, tmp_path, name):
+    check_as_alone(searched_in_partitions[0][name], ZERO_3_JOBS[name], tmp_path)
 
 
 def test_two_processes_do_not_go_on_where_one_stopped_nor_the_reverse(searched):

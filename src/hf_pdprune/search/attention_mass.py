@@ -14,6 +14,7 @@ from ..blocks import get_blocks, num_blocks
 from ..evaluating import evaluating
 from ..inference.stage import position_ids
 from ..kv import PromptWindow
+from ..spread_weights import gathering, in_step
 from .calibration import Calibration
 
 
@@ -53,8 +54,11 @@ class AttentionMass:
             `ValueError`: If the model's attention modules do not return their weights.
         """
         mass = cls(num_blocks(model.config), first_tokens, last_tokens)
-        with evaluating(model), active_adapter(model, None), _eager_attention(model):
-            for tensors in calibration.batches:
+        with gathering(model), evaluating(model), active_adapter(model, None), _eager_attention(model):
+            for tensors in in_step(model, calibration.batches):
+                if tensors is None:
+                    model(input_ids=torch.ones((1, 1), dtype=torch.long, device=calibration.device), use_cache=False)
+                    continue
                 mask = torch.cat([tensors["prompt_mask"], tensors["completion_mask"]], dim=1)
                 ids = torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1)
                 queries = tensors["completion_mask"].bool()

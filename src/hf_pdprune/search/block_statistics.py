@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..artefact_file import read_json, write_artefact
 from ..blocks import get_blocks, num_blocks
 from ..evaluating import evaluating
 from ..inference.stage import position_ids
+from ..spread_weights import gathering, in_step, input_device
 from ..version import __version__
 
 
@@ -137,12 +138,15 @@ class BlockStatistics:
         statistics = cls(
             base_model or config._name_or_path or config.model_type, config.model_type, num_blocks(config)
         )
-        device = model.get_input_embeddings().weight.device
-        progress = tqdm(batches, desc="Block statistics", unit="batch", disable=not PartialState().is_main_process)
-        with evaluating(model), active_adapter(model, None):
+        device = input_device(model)
+        disable = not PartialState().is_main_process
+        progress = tqdm(in_step(model, batches), desc="Block statistics", unit="batch", disable=disable)
+        with gathering(model), evaluating(model), active_adapter(model, None):
             for batch in progress:
-                ids, mask = (tensor.to(device) for tensor in _tokens_of(batch))
-                with statistics.observe(model, mask):
+                counts = batch is not None
+                tokens = _tokens_of(batch) if counts else [torch.ones((1, 1), dtype=torch.long)] * 2
+                ids, mask = (tensor.to(device) for tensor in tokens)
+                with statistics.observe(model, mask) if counts else nullcontext():
                     model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
                 progress.set_postfix(tokens=statistics.num_tokens)
         statistics._reduce(device)

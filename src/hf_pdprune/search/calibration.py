@@ -20,6 +20,7 @@ from ..data import PromptCompletionCollator, tokenize_examples
 from ..evaluating import evaluating
 from ..fingerprint import model_fingerprint
 from ..inference import dense_forward
+from ..spread_weights import gathering, input_device, is_partitioned, whole_embeddings
 
 
 logger = logging.getLogger(__name__)
@@ -83,16 +84,14 @@ class CalibrationBatch:
         tensors (`dict[str, torch.Tensor]`): As [`PromptCompletionCollator`] makes them.
         first (`Teacher`): For the first completion token of every row, which prefill predicts.
         rest (`Teacher`): For the others that have a label, row by row, which decode predicts.
+        counts (`bool`, defaults to `True`): Whether it is one of the calibration. A process that has a batch less than
+            others runs the model on one that does not count where all have to run it together.
     """
 
     tensors: dict[str, torch.Tensor]
     first: Teacher
     rest: Teacher
-
-    @property
-    def num_completion_tokens(self) -> int:
-        """Completion tokens that have a label."""
-        return int((self.tensors["labels"] != -100).sum())
+    counts: bool = True
 
     @property
     def rest_mask(self) -> torch.Tensor:
@@ -155,17 +154,21 @@ class Calibration:
         self.num_examples = len(examples)
         _check_examples(examples, model)
         state = PartialState()
-        self.device = model.get_input_embeddings().weight.device
-        collator = PromptCompletionCollator(pad_token_id)
+        self.device = input_device(model)
+        together = is_partitioned(model) and state.num_processes > 1
+        # Then all run decode equally often, also for completions of a single token.
+        collator = PromptCompletionCollator(pad_token_id, min_completion_tokens=2 if together else 1)
         groups = _group([_lengths(example) for example in examples], batch_size)
         self.num_rounds = math.ceil(len(groups) / state.num_processes)
-        shard = [
-            collator([examples[index] for index in group])
-            for group in groups[state.process_index :: state.num_processes]
-        ]
+        own = groups[state.process_index :: state.num_processes]
+        fillers = [groups[0][:1]] * (self.num_rounds - len(own) if together else 0)
+        shard = [collator([examples[index] for index in group]) for group in (*own, *fillers)]
         self._batches = [self._with_teacher(model, tensors, teacher_dtype) for tensors in self._progress(shard)]
+        for batch in self._batches[len(own) :]:
+            batch.counts = False
         self._count()
-        self.digest = _digest(examples, groups, model, teacher_dtype)
+        with whole_embeddings(model):
+            self.digest = _digest(examples, groups, model, teacher_dtype)
         if self.num_completion_tokens < MIN_COMPLETION_TOKENS:
             raise ValueError(
                 f"the calibration set has {self.num_completion_tokens} completion tokens in {self.num_examples} "
@@ -203,8 +206,8 @@ class Calibration:
 
     @property
     def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """This process's batches without the teacher, as [`BlockStatistics.measure`] takes them."""
-        return (batch.tensors for batch in self._batches)
+        """This process's batches that count, without the teacher, as [`BlockStatistics.measure`] takes them."""
+        return (batch.tensors for batch in self._batches if batch.counts)
 
     @property
     def round_digest(self) -> str:
@@ -227,7 +230,7 @@ class Calibration:
         self, model: nn.Module, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> CalibrationBatch:
         tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
-        with evaluating(model):
+        with gathering(model), evaluating(model):
             logits = dense_forward(model, tensors)
             mask = tensors["labels"] != -100
             if not bool(torch.isfinite(logits[mask.to(logits.device)]).all()):
@@ -240,11 +243,10 @@ class Calibration:
 
     def _count(self) -> None:
         """Counts the tokens of all processes, of which some may have no batch."""
-        prompts = [batch.tensors["prompt_mask"] for batch in self._batches]
         own = [
-            sum(int(mask.sum()) for mask in prompts),
-            sum(batch.num_completion_tokens for batch in self._batches),
-            max((mask.shape[1] for mask in prompts), default=0),
+            sum(int(tensors["prompt_mask"].sum()) for tensors in self.batches),
+            sum(int((tensors["labels"] != -100).sum()) for tensors in self.batches),
+            max((tensors["prompt_ids"].shape[1] for tensors in self.batches), default=0),
         ]
         shares = torch.tensor([own], device=self.device)
         if PartialState().num_processes > 1:

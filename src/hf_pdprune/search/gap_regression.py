@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import active_adapter
 from ..blocks import bypass_blocks, get_blocks
 from ..evaluating import evaluating
+from ..spread_weights import gathering
 from .gap_fit import GapFit, TakenNeurons
 from .least_squares import LeastSquares
 from .mlp_neurons import MLPNeurons, linear_layers
@@ -92,7 +93,7 @@ class GapRegression:
             [`GapFit`], or `None` where nothing fits: the block does not add its last linear layer's output to the
             hidden states as it is, or it has no gap behind it and cannot take over neurons.
         """
-        with evaluating(self.model), active_adapter(self.model, None):
+        with gathering(self.model), evaluating(self.model), active_adapter(self.model, None):
             if hidden is None:
                 hidden = self.dense_at(min((block, *gaps.behind)))
             if not self._adds_last_layer(block, hidden[0]):
@@ -111,7 +112,7 @@ class GapRegression:
         Returns:
             `tuple[bool, list[str]]`: Whether it fits the block, and by taking over neurons the input layers' names.
         """
-        with evaluating(self.model), active_adapter(self.model, None):
+        with gathering(self.model), evaluating(self.model), active_adapter(self.model, None):
             hidden = self.advance([None] * len(self.input_ids), ())[0]
             if not self._adds_last_layer(block, hidden):
                 return False, []
@@ -188,6 +189,7 @@ class GapRegression:
         problem, error = LeastSquares(), 0.0
         for ids, hidden, target in list(zip(self.input_ids, gap.hidden, gap.target, strict=True))[:batches]:
             rest, added, features = self._features(gap, ids, hidden, gap.neurons[1:])
+            target = target.to(rest.device)  # of the missing block, which may lie elsewhere
             weight = 1 / target.float().norm(dim=-1, keepdim=True)
             wanted = (target - rest).float() * weight
             missing = wanted - added.float() * weight
@@ -261,7 +263,7 @@ class GapRegression:
             hidden (`Sequence[torch.Tensor]`): What arrives at the first of them; `None`: the embeddings.
             blocks (`Sequence[int]`): Neighbours.
         """
-        with evaluating(self.model), active_adapter(self.model, None):
+        with gathering(self.model), evaluating(self.model), active_adapter(self.model, None):
             return [self._run(blocks, ids, states) for ids, states in zip(self.input_ids, hidden, strict=True)]
 
     def _run(self, blocks: Sequence[int], ids: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:

@@ -192,7 +192,8 @@ class IncrementalForward:
         tensors = batch.tensors
         completion_mask = tensors["completion_mask"][:, :-1]
         forward = self._forward(start, base.decode_inputs[start] if start else None, keep)
-        stage = DecodeStage(self.model, plan, self.adapters.get("decode"), module=forward)
+        adapter = self.adapters.get("decode")
+        stage = DecodeStage(self.model, plan, adapter, module=forward, fingerprint=self._fingerprint)
         with self.merged_pairs.active(self.model, plan.decode.merged_blocks):
             payload = self._payload(batch, plan, state)
             logits = stage.forward(payload, tensors["completion_ids"][:, :-1], completion_mask)
@@ -227,7 +228,7 @@ class IncrementalForward:
             elif window is not None:
                 keys, values = window.select(keys), window.select(values)
             entries[block] = (keys, values)
-        return KVPayload(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)
+        return _PayloadInPlace(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)
 
     # Memory
 
@@ -271,6 +272,16 @@ class IncrementalForward:
             return ()
         stride = math.ceil(self.total_blocks / min(fitting + 1, self.total_blocks))
         return tuple(range(stride, self.total_blocks, stride))
+
+
+class _PayloadInPlace(KVPayload):
+    """
+    A payload that crosses no wire: its entries are where their blocks computed them. (Of a block whose weights are
+    loaded when it runs, these would not say where that is.)
+    """
+
+    def entries_of(self, block: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().entries_of(block)
 
 
 def _first_difference(stage: StagePlan, other: StagePlan) -> int | None:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from ..artefact_file import write_artefact
 from ..blocks import get_blocks
 from ..fingerprint import model_fingerprint
+from ..spread_weights import input_device, is_partitioned, is_readable, whole_embeddings
 from .gap_fit import GapFit
 from .gap_regression import GapRegression, Gaps
 
@@ -72,7 +73,7 @@ class MergedPairs:
         model: nn.Module, input_ids: Sequence[torch.LongTensor], absorbed_blocks: Sequence[int], rank: int
     ) -> str:
         """Tells apart what pairs are distilled from; the arguments are those of [`MergedPairs.distil`]."""
-        digest = hashlib.sha256(repr((model_fingerprint(model), sorted(absorbed_blocks), rank)).encode())
+        digest = hashlib.sha256(repr((_fingerprint(model), sorted(absorbed_blocks), rank)).encode())
         for batch in input_ids:
             digest.update(repr(tuple(batch.shape)).encode())
             digest.update(batch.cpu().numpy().tobytes())
@@ -84,7 +85,7 @@ class MergedPairs:
     ) -> "MergedPairs":
         """
         Distils the pairs of `absorbed_blocks` with the block before each. Where several processes run, each distils
-        some of the pairs.
+        some of the pairs, but all of them together where weights are partitioned.
 
         Args:
             model (`nn.Module`): The dense model.
@@ -99,23 +100,27 @@ class MergedPairs:
                 between, or experts), or if hidden states are not finite.
         """
         source = cls.source_digest(model, input_ids, absorbed_blocks, rank)
-        made = cls(fingerprint=model_fingerprint(model), source=source)
+        made = cls(fingerprint=_fingerprint(model), source=source)
         state = PartialState()
         regression = GapRegression(model, input_ids)
-        own = list(enumerate(sorted(absorbed_blocks)))[state.process_index :: state.num_processes]
-        found = []
-        for _, absorbed in tqdm(own, desc="Distilling pairs", unit="pair", disable=not state.is_main_process):
+        divided = state.num_processes > 1 and not is_partitioned(model)
+        own = sorted(absorbed_blocks)
+        own = own[state.process_index :: state.num_processes] if divided else own
+        blocks, found = get_blocks(model), []
+        for absorbed in tqdm(own, desc="Distilling pairs", unit="pair", disable=not state.is_main_process):
             kept = absorbed - 1
             regression.forget_before(kept)
-            found.append(((kept, absorbed), regression.fit(kept, Gaps((), (absorbed,)), rank)))
+            takes_neurons = is_readable(blocks[kept], blocks[absorbed])
+            fit = regression.fit(kept, Gaps((), (absorbed,)), rank, takes_neurons=takes_neurons)
+            found.append(((kept, absorbed), fit))
             if found[-1][1] is None:
                 break
         made.block_tokens = regression.block_tokens
-        if state.num_processes > 1:
+        if divided:
             made.block_tokens = sum(gather_object([made.block_tokens]))
             # What is sent arrives on the device that it was on, which is the sender's.
             found = gather_object([(pair, fit and fit.to("cpu")) for pair, fit in found])
-            found = [(pair, fit and fit.to(model.device)) for pair, fit in found]
+            found = [(pair, fit and fit.to(input_device(model))) for pair, fit in found]
         made.pairs = dict(sorted(found, key=lambda item: item[0]))
         for (kept, _), fit in made.pairs.items():  # in all processes, so that none waits for another one
             if fit is None:
@@ -187,7 +192,7 @@ class MergedPairs:
         path = Path(folder) / MERGED_PAIRS_FILE_NAME
         by_pair: dict[str, dict[str, torch.Tensor]] = {}
         try:
-            with safe_open(path, "pt", device=str(model.device)) as file:
+            with safe_open(path, "pt", device=str(input_device(model))) as file:
                 metadata = file.metadata() or {}
                 for name in file.keys():  # noqa: SIM118
                     pair, _, part = name.rpartition(".")
@@ -201,6 +206,11 @@ class MergedPairs:
             read.block_tokens = int(metadata["block_tokens"])
         except (SafetensorError, KeyError, ValueError, IndexError) as error:
             raise ValueError(f"{path} holds no merged pairs: {error}") from error
-        if read.fingerprint != model_fingerprint(model):
+        if read.fingerprint != _fingerprint(model):
             raise ValueError(f"{path} holds the merged pairs of another model")
         return read
+
+
+def _fingerprint(model: nn.Module) -> str:
+    with whole_embeddings(model):
+        return model_fingerprint(model)

@@ -16,6 +16,7 @@ from torch import nn
 from ..adapters import active_adapter
 from ..evaluating import evaluating
 from ..plan import PruningPlan
+from ..spread_weights import gathering
 from .calibration import Calibration
 from .incremental_forward import BatchState, IncrementalForward
 from .merged_pairs import MergedPairs
@@ -106,10 +107,10 @@ class Objective:
         # comes from a journal, so that a resumed search counts the same cost.
         self._plan_of_state: list[PruningPlan | None] = [None] * calibration.num_rounds
         self._candidate_rounds: tuple[PruningPlan | None, set[int]] = (None, set())
-        batches = [calibration[index].tensors for index in range(len(calibration))]
+        batches = list(calibration.batches)
         self._prompt_tokens = self._per_round([int(b["prompt_mask"].sum()) for b in batches])
         self._decode_tokens = self._per_round([int(b["completion_mask"][:, :-1].sum()) for b in batches])
-        self._counts = self._per_round([calibration[index].num_completion_tokens for index in range(len(batches))])
+        self._counts = self._per_round([int((b["labels"] != -100).sum()) for b in batches])
         self._rounds = calibration.num_rounds
         self._num_tokens = calibration.num_completion_tokens
         self._confidence: float | None = None
@@ -293,9 +294,10 @@ class Objective:
         kl_sum = 0.0
         if index < len(self.calibration):
             batch = self.calibration[index]
-            with evaluating(self.model), active_adapter(self.model, None):
+            with gathering(self.model), evaluating(self.model), active_adapter(self.model, None):
                 self._update_reference(index)
                 kl_sum, state = self.forward.run(batch, plan, self._states[index], keep=True)
+            kl_sum = kl_sum if batch.counts else 0.0
             if state is not None:
                 if self._candidate is None or self._candidate[0] != plan:
                     self._candidate = (plan, {})

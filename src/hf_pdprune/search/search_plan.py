@@ -17,6 +17,7 @@ from ..blocks import num_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
 from ..projected_blocks import check_projectable
+from ..spread_weights import input_device
 from .baselines import contiguous_group, end_group, one_shot, random_blocks
 from .block_statistics import BlockStatistics
 from .calibration import Calibration
@@ -51,7 +52,7 @@ def search_plan(
     token-aware blocks.
 
     Args:
-        model (`nn.Module`): The dense model.
+        model (`nn.Module`): The dense model. It may lie on several devices (`device_map`), or in partitions (ZeRO-3).
         calibration ([`Calibration`]): What plans are measured on.
         statistics ([`BlockStatistics`]): Redundancy of the blocks.
         config ([`SearchConfig`]): The options.
@@ -209,7 +210,7 @@ def _merged_pairs(
     absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
     if merge_text is None:
         raise ValueError("merge_pairs needs merge_text, which pairs are distilled on")
-    input_ids = pack_tokens(merge_text, config.merge_tokens, device=model.device)
+    input_ids = pack_tokens(merge_text, config.merge_tokens, device=input_device(model))
     if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
         pairs = MergedPairs.from_pretrained(output_dir, model)
         if pairs.source != MergedPairs.source_digest(model, input_ids, absorbed, config.merge_rank):

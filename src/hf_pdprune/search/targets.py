@@ -4,6 +4,7 @@ from torch import nn
 
 from ..blocks import get_blocks
 from ..projected_blocks import idle_layers
+from ..spread_weights import num_parameters
 from .search_config import SearchConfig
 
 
@@ -24,9 +25,9 @@ def num_blocks_to_remove(model: nn.Module, config: SearchConfig) -> tuple[int, i
     Raises:
         `ValueError`: If a target cannot be met, or if decode would lose fewer blocks than prefill.
     """
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in get_blocks(model)]
+    sizes = [num_parameters(block) for block in get_blocks(model)]
     head = model.get_output_embeddings()
-    head = 0 if head is None else sum(parameter.numel() for parameter in head.parameters())
+    head = 0 if head is None else num_parameters(head)
     most = max(len(sizes) - config.num_protected_first_blocks - config.num_protected_last_blocks, 0)
     prefill, decode = config.num_prefill_blocks, config.num_decode_blocks
     if config.target_ttft_speedup is not None:
@@ -66,5 +67,5 @@ def _idle_sizes(model: nn.Module) -> list[int]:
     sizes = []
     for number, block in enumerate(get_blocks(model)):
         idle = [block.get_submodule(name) for name in idle_layers(model, number)]
-        sizes.append(sum(parameter.numel() for layer in idle for parameter in layer.parameters()))
+        sizes.append(sum(map(num_parameters, idle)))
     return sizes
