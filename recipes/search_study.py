@@ -145,6 +145,7 @@ class Study:
         self.validation: dict[str, Text] = {}
         self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
         self.pairs: MergedPairs | None = None
+        self.merge_source: str | None = None  # what they are distilled from
 
     def run(self) -> None:
         """Makes all rows that are not there yet: those of the first seed first, and of few blocks first."""
@@ -181,7 +182,7 @@ class Study:
             "calibration_digest": text.calibration.digest,
             "removable_blocks": sorted(removable),
             "annealing_share": args.annealing_share if anneals else None,
-            "merge_source": self.pairs.source if merges else None,
+            "merge_source": self.merge_source if merges else None,
         }
         made = [row for row in self.rows if is_of(row, search)]
         if made:
@@ -269,9 +270,8 @@ class Study:
         rows = (row for group in zip_longest(*self.merge_text) for row in group if row is not None)
         tokens = tokenize_rows(rows, self.tokenizer)
         input_ids = pack_tokens(tokens, self.args.merge_tokens, device=self.model.device)
-        folder = (
-            self.folder / "pairs" / MergedPairs.source_digest(self.model, input_ids, absorbed, self.args.merge_rank)
-        )
+        self.merge_source = MergedPairs.source_digest(self.model, input_ids, absorbed, self.args.merge_rank)
+        folder = self.folder / "pairs" / self.merge_source
         if (folder / MERGED_PAIRS_FILE_NAME).is_file():
             return MergedPairs.from_pretrained(folder, self.model)
         pairs = MergedPairs.distil(self.model, input_ids, absorbed, self.args.merge_rank)
