@@ -283,7 +283,9 @@ def search(
     if args.plan is not None:
         plan = PruningPlan.from_pretrained(args.plan)
         plan.blocks_of(model.config)
-        plan.save_pretrained(folder)
+        if PartialState().is_main_process:
+            plan.save_pretrained(folder)
+        PartialState().wait_for_everyone()  # before anyone reads it
         return plan
     long = None
     if config.num_token_aware_blocks or config.target_kv_reduction:
@@ -321,15 +323,17 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
     if not run.is_done("stages", trained):
         distilled = train(args, training_args, model, tokenizer, plan, run.changed(trained))
-        write_artefact(folder / "distillation.json", distilled)
+        if PartialState().is_main_process:
+            write_artefact(folder / "distillation.json", distilled)
         run.done("stages", trained)
         del model  # it carries adapters now
         model, _ = load_model(args)
+    measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
+    is_measured = run.is_done("results", measured)  # asked by all processes, which may have to wait for each other
     if not PartialState().is_main_process:
         return
 
-    measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
-    if not run.is_done("results", measured):
+    if not is_measured:
         healed = load_stages(folder, dtype=model.dtype)
         for stage in healed:
             stage.model.to(model.device)

@@ -7,6 +7,7 @@ from hf_pdprune import spread_weights
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.fingerprint import model_fingerprint
 from hf_pdprune.spread_weights import (
+    execution_device,
     in_step,
     input_device,
     is_partitioned,
@@ -47,6 +48,8 @@ def test_weights_are_readable_where_they_are_here(tiny_llama, offloaded):
 
 def test_tokens_go_to_where_embeddings_are_computed(tiny_model, tiny_llama, offloaded):
     assert input_device(tiny_llama) == torch.device("cpu")
+    assert execution_device(get_blocks(offloaded)[0]) == torch.device("cpu")
+    assert execution_device(nn.Linear(2, 2, device="meta")) == torch.device("meta")
     for model in (offloaded, cpu_offload(tiny_model("llama"), execution_device=torch.device("cpu"))):
         assert model.get_input_embeddings().weight.device == torch.device("meta")
         assert input_device(model) == torch.device("cpu")

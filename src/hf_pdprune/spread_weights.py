@@ -33,15 +33,22 @@ def num_parameters(module: nn.Module) -> int:
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
-def input_device(model: nn.Module) -> torch.device:
-    """Where a model takes its tokens: where its embeddings are computed, which need not be where they are kept."""
-    embeddings = model.get_input_embeddings()
-    device = embeddings.weight.device
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module is computed, which need not be where its weights are kept."""
+    device = next(module.parameters()).device
     if device.type != "meta":
         return device
-    hook = embeddings._hf_hook  # accelerate brings what is offloaded to this device for each forward
-    devices = [part.execution_device for part in getattr(hook, "hooks", [hook]) if hasattr(part, "execution_device")]
-    return torch.device(devices[0])
+    for part in module.modules():  # accelerate brings what is offloaded to this device for each forward
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return device
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its tokens."""
+    return execution_device(model.get_input_embeddings())
 
 
 def in_step(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Batch | None]:

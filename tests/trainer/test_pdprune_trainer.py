@@ -275,6 +275,13 @@ def test_rounds_choose_with_what_is_healed(tiny_llama, make_trainer):
     assert trainer.plan == last
 
 
+def test_too_few_completion_tokens_for_rounds_are_found_before_the_first_step(tiny_llama, make_trainer):
+    trainer = make_trainer(tiny_llama, removal_rounds=2, search_in_rounds=True, round_search_examples=1, max_steps=6)
+    with pytest.raises(ValueError, match="round_search_examples=1 is too small"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"rank_pattern": {"down_proj": 6}}, {"use_dora": True}])
 def test_adapters_of_ones_own_learn_and_are_exported(tiny_llama, make_trainer, rows, tmp_path, options):
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **options)

@@ -123,12 +123,20 @@ class KVPayload:
 
     def entries_of(self, block: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a block (dense number), on `device`: quantised ones get there as they were sent."""
-        if block not in self.entries:
-            raise PayloadError(f"the payload has no KV entries of block {block}, which decode runs")
-        keys, values = self.entries[block]
+        keys, values = self._pair(block)
         if device is not None:
             keys, values = keys.to(device), values.to(device)
         return (keys, values) if self.quantization is None else (keys.dequantize(), values.dequantize())
+
+    def device_of(self, block: int) -> torch.device:
+        """Where the entries of a block are."""
+        keys, _ = self._pair(block)
+        return (keys if self.quantization is None else keys.codes).device
+
+    def _pair(self, block: int) -> tuple[States, States]:
+        if block not in self.entries:
+            raise PayloadError(f"the payload has no KV entries of block {block}, which decode runs")
+        return self.entries[block]
 
     def check_plan(self, plan: PruningPlan) -> None:
         """Raises a `PayloadError` unless the payload was selected by `plan`."""

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..blocks import check_attends_by_mask, check_takes_cache, get_blocks
 from ..plan import PruningPlan
+from ..spread_weights import execution_device
 from .compact_sliding_layer import CompactSlidingLayer
 from .forward_hooks import ForwardHooks
 from .kv_payload import KVPayload
@@ -106,7 +107,9 @@ class TokenAwareCache(Cache):
         blocks = get_blocks(model)
         for index in cache.running_layers:
             layer = cache.layers[index]
-            device = next((parameter.device for parameter in blocks[index].parameters()), model.device)
+            device = payload.device_of(cache.blocks[index])
+            if device.type == "cpu":  # as it comes from a wire; what is on an accelerator was computed there
+                device = execution_device(blocks[index])
             keys, values = payload.entries_of(cache.blocks[index], device)
             # Where autocast is on, it says what attention computes in.
             if not (torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)):

@@ -228,7 +228,7 @@ class IncrementalForward:
             elif window is not None:
                 keys, values = window.select(keys), window.select(values)
             entries[block] = (keys, values)
-        return _PayloadInPlace(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)
+        return KVPayload(entries, ids, mask, plan.digest, self._fingerprint, nbytes_dense=0)
 
     # Memory
 
@@ -272,16 +272,6 @@ class IncrementalForward:
             return ()
         stride = math.ceil(self.total_blocks / min(fitting + 1, self.total_blocks))
         return tuple(range(stride, self.total_blocks, stride))
-
-
-class _PayloadInPlace(KVPayload):
-    """
-    A payload that crosses no wire: its entries are where their blocks computed them. (Of a block whose weights are
-    loaded when it runs, these would not say where that is.)
-    """
-
-    def entries_of(self, block: int, device: torch.device | str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().entries_of(block)
 
 
 def _first_difference(stage: StagePlan, other: StagePlan) -> int | None:

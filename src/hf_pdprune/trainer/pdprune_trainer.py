@@ -30,7 +30,7 @@ from .hidden_matching import HiddenMatching
 from .learned_stages import export_learned_stages, shared_fingerprint
 from .local_distillation import LocalDistillation
 from .pdprune_config import PDPruneConfig
-from .round_search import RoundSearch
+from .round_search import RoundSearch, round_examples
 from .sharding import check_sharding, is_sharded
 from .stage_adapters import STAGE_ADAPTERS
 from .training_checkpoint import (
@@ -184,6 +184,9 @@ class PDPruneTrainer(SFTTrainer):
             if self.is_deepspeed_enabled and isinstance(self.model, PeftModel) and not is_partitioned:
                 # DeepSpeed's own files, which Trainer resumes from, leave out fitted layers: they do not learn.
                 self._load_from_checkpoint(resume_from_checkpoint)
+        if self.args.search_in_rounds:
+            count, collator = self.args.round_search_examples, self.data_collator
+            self._round_examples = round_examples(self.train_dataset, count, collator)
         self._distil_locally(is_resumed=bool(resume_from_checkpoint))
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.removal.move_to(self.state.global_step, self.state.max_steps)
@@ -208,12 +211,11 @@ class PDPruneTrainer(SFTTrainer):
     def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """The plan of the next round, chosen with what the adapters have learned (see [`RoundSearch`])."""
         model = self.accelerator.unwrap_model(self.model)
-        rows = [row for _, row in zip(range(self.args.round_search_examples), self.train_dataset, strict=False)]
         limits = SearchConfig()
         search = RoundSearch(
             model,
             self.stage_adapters.of_model(model),
-            [self.data_collator.with_prompt(row) for row in rows],
+            self._round_examples,
             range(limits.num_protected_first_blocks, plan.num_hidden_layers - limits.num_protected_last_blocks),
             self.data_collator.pad_token_id,
             self.args.per_device_eval_batch_size,
