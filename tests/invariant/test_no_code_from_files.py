@@ -1,9 +1,12 @@
 """Nothing that is read is code: no pickle, no remote code unless the user says so, weights from safetensors alone."""
 
 import ast
+import dataclasses
 from pathlib import Path
 
 import pytest
+
+from hf_pdprune.trainer import PDPruneConfig
 
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +32,8 @@ def test_nothing_is_unpickled_or_run(path):
     for name, arguments in calls(path):
         assert name not in ("eval", "exec", "compile", "torch.load", "yaml.load", "numpy.load", "np.load"), name
         trusted = arguments.get("trust_remote_code")
-        assert trusted is None or ast.unparse(trusted) == "False", name
+        # What the user says is trl's own option, see below.
+        assert trusted is None or ast.unparse(trusted) in ("False", "args.trust_remote_code"), name
 
 
 @pytest.mark.invariant
@@ -40,3 +44,10 @@ def test_weights_are_read_from_safetensors(path):
             in_text = "use_safetensors" in arguments
             # load_stages puts it into what it is given
             assert in_text or (path.name == "load_stages.py" and None in arguments), f"{path.name}: {name}"
+
+
+@pytest.mark.invariant
+def test_remote_code_is_what_the_user_asks_for_alone():
+    assert PDPruneConfig("out").trust_remote_code is False
+    fields = {field.name: field.default for field in dataclasses.fields(PDPruneConfig)}
+    assert fields["trust_remote_code"] is False
