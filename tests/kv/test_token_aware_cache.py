@@ -1,9 +1,9 @@
 import copy
 import gc
-from dataclasses import replace
 
 import pytest
 import torch
+from cache_states import KV, hooks_of, repetitive_prompt
 from masked_reference import (
     cached_logits,
     filled_cache,
@@ -12,58 +12,12 @@ from masked_reference import (
     random_prompts,
     with_completion,
 )
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.kv import TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
-from hf_pdprune.plan_parts import TOKEN_CHOICES
-
-
-KV = KVPlan((0, 1, 3, 5), first_tokens=2, last_tokens=4, block_windows=((3, 1, 7),))
-ARCHITECTURES = ["llama", "gemma2", "gpt2"]
-
-
-@pytest.fixture(params=ARCHITECTURES)
-def model(request, tiny_model):
-    model = tiny_model(request.param)
-    model.generation_config.eos_token_id = None  # random models would end here and there
-    return model
-
-
-@pytest.fixture(params=TOKEN_CHOICES)
-def plan(request, model):
-    return PruningPlan.empty(model, kv=replace(KV, token_choice=request.param))
-
-
-@pytest.fixture
-def llama(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-def repetitive_prompt(tokens=21):
-    """A prompt in which prompt lookup finds candidates from the first step on."""
-    pattern, _ = random_prompts([5])
-    ids = pattern.repeat(1, tokens // 5 + 1)[:, :tokens]
-    return ids, torch.ones_like(ids)
-
-
-def hooks_of(model):
-    modules = list(model.modules())
-    return sum(len(module._forward_pre_hooks) + len(module._forward_hooks) for module in modules)
-
-
-def states_of(cache):
-    return [(layer.keys.clone(), layer.values.clone(), layer.get_seq_length()) for layer in cache.layers]
-
-
-def assert_same_states(before, after):
-    for (keys, values, length), (other_keys, other_values, other_length) in zip(before, after, strict=True):
-        assert length == other_length
-        assert torch.equal(keys, other_keys)
-        assert torch.equal(values, other_values)
 
 
 class TestGenerate:
@@ -207,96 +161,6 @@ class TestGenerate:
             assert torch.equal(llama.generate(inputs_embeds=embeddings, past_key_values=cache, **settings), expected)
 
 
-class TestCrop:
-    PROMPTS = [16, 3, 9]
-
-    @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # sliding windows: below, and in assisted decoding
-    def test_back_to_an_earlier_length_equals_never_having_gone_on(self, tiny_model, architecture):
-        model = tiny_model(architecture)
-        plan = PruningPlan.empty(model, kv=KV)
-        cache, input_ids, mask = filled_cache(plan, model, *random_prompts(self.PROMPTS), completion_tokens=6)
-        for length in (20, 16):
-            cache.crop(length - cache.get_seq_length())
-            untouched, *_ = filled_cache(plan, model, *random_prompts(self.PROMPTS), completion_tokens=length - 16)
-            assert cache.get_seq_length() == untouched.get_seq_length() == length
-            for layer, other in zip(cache.layers, untouched.layers, strict=True):
-                torch.testing.assert_close(layer.keys, other.keys, atol=2e-5, rtol=0)
-        expected = masked_logits(model, plan, input_ids, mask, 16)[:, 16:]
-        torch.testing.assert_close(
-            cached_logits(model, cache, input_ids, mask, [2, 3, 1]), expected, atol=5e-5, rtol=0
-        )
-
-    @pytest.mark.parametrize("tokens", [7, 12, 21, 22, 100])
-    def test_into_dropped_tokens_is_refused_and_changes_nothing(self, model, tokens):
-        plan = PruningPlan.empty(model, kv=KVPlan((3,), 2, 4))  # after blocks that could be cropped
-        cache, *_ = filled_cache(plan, model, *random_prompts(self.PROMPTS), completion_tokens=6)
-        before = states_of(cache)
-        with pytest.raises((ValueError, RuntimeError)):
-            cache.crop(-tokens)
-        assert_same_states(before, states_of(cache))
-
-    def test_message_says_what_is_held(self, llama):
-        plan = PruningPlan.empty(llama, kv=KV)
-        cache, *_ = filled_cache(plan, llama, *random_prompts(self.PROMPTS), completion_tokens=6)
-        with pytest.raises(ValueError, match=r"cannot crop 7 of 22 tokens.*prompt \(16 tokens\)"):
-            cache.crop(-7)
-
-    @pytest.mark.parametrize("read", [11, 13, 16])
-    def test_of_a_prompt_that_is_observed(self, llama, read):
-        # The last four tokens are observed, and what they attended to is not taken back.
-        plan = PruningPlan.empty(llama, kv=replace(KV, token_choice="attention"))
-        input_ids, mask = with_completion(*random_prompts([16, 9]), 4)
-        cache = TokenAwareCache(plan, llama, prompt_tokens=16)
-        cached_logits(llama, cache, input_ids, mask, [read])
-        before = states_of(cache)
-        if read > 12:
-            with pytest.raises(ValueError, match=f"cannot crop 2 of {read} tokens"):
-                cache.crop(-2)
-            assert_same_states(before, states_of(cache))
-        else:
-            cache.crop(-2)
-        actual = cached_logits(llama, cache, input_ids, mask, [20 - cache.get_seq_length()])[:, -4:]
-        expected = masked_logits(llama, plan, input_ids, mask, 16)[:, -4:]
-        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
-
-    def test_where_another_block_cannot_be_cropped_nothing_changes(self, tiny_model):
-        # Sliding windows do not record their past outside of assisted decoding, and say so; here they come last.
-        model = tiny_model("qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=3)
-        plan = PruningPlan.empty(model, kv=KV)
-        cache, *_ = filled_cache(plan, model, *random_prompts(self.PROMPTS), completion_tokens=6)
-        before = states_of(cache)
-        with pytest.raises(RuntimeError, match="past"):
-            cache.crop(-2)
-        assert_same_states(before, states_of(cache))
-
-    def test_positive_numbers_are_refused(self, llama):
-        plan = PruningPlan.empty(llama, kv=KV)
-        cache, *_ = filled_cache(plan, llama, *random_prompts(self.PROMPTS), completion_tokens=6)
-        before = states_of(cache)
-        with pytest.raises(ValueError):
-            cache.crop(4)
-        assert_same_states(before, states_of(cache))
-
-    def test_into_a_prompt_that_is_held_whole(self, llama):
-        plan = PruningPlan.empty(llama, kv=KVPlan((0, 1, 3, 5), 8, 8))
-        cache, input_ids, mask = filled_cache(plan, llama, *random_prompts(self.PROMPTS), completion_tokens=6)
-        cache.crop(-12)
-        assert cache.get_seq_length() == 10
-        expected = masked_logits(llama, plan, input_ids, mask, 16)[:, 10:]
-        actual = cached_logits(llama, cache, input_ids, mask, [12])
-        real = mask[:, 10:].bool()
-        torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
-
-    def test_before_the_first_forward(self, llama):
-        cache = TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama)
-        cache.crop(-3)
-        assert cache.get_seq_length() == 0
-        input_ids, mask = with_completion(*random_prompts(self.PROMPTS), 4)
-        actual = cached_logits(llama, cache, input_ids, mask, [16, 4])
-        expected = masked_logits(llama, cache.plan, input_ids, mask, 16)
-        torch.testing.assert_close(actual[mask.bool()], expected[mask.bool()], atol=5e-5, rtol=0)
-
-
 class TestLifetime:
     def test_hooks_go_with_close_context_and_garbage_collection(self, llama):
         plan = PruningPlan.empty(llama, kv=KV)
@@ -387,68 +251,6 @@ class TestLifetime:
             assert cache.get_seq_length() == 16
 
 
-class TestObservedPrompt:
-    """Tokens that are chosen by attention."""
-
-    KV = replace(KV, token_choice="attention")
-
-    def test_the_prompt_is_read_as_ever(self, model):
-        # Not only within a tolerance: nothing of the model is changed for it.
-        plan, ends = (PruningPlan.empty(model, kv=kv) for kv in (self.KV, KV))
-        logits = [
-            cached_logits(model, TokenAwareCache(p, model), *random_prompts([16, 9]), [16]) for p in (plan, ends)
-        ]
-        assert torch.equal(*logits)
-
-    def test_rows_between_chunks(self, llama):
-        plan = PruningPlan.empty(llama, kv=self.KV)
-        input_ids, mask = with_completion(*random_prompts([16, 9, 12]), 4)
-        rows = torch.tensor([2, 0])
-        cache = TokenAwareCache(plan, llama, prompt_tokens=16)
-        cached_logits(llama, cache, input_ids, mask, [14])
-        cache.batch_select_indices(rows)
-        actual = cached_logits(llama, cache, input_ids[rows], mask[rows], [2, 4])[:, 2:]
-        expected = masked_logits(llama, plan, input_ids[rows], mask[rows], 16)[:, 16:]
-        torch.testing.assert_close(actual, expected, atol=5e-5, rtol=0)
-
-    @pytest.mark.parametrize("sizes", [[10, 5], [4, 6, 5], [12, 3], [1] * 15], ids=str)
-    def test_rows_that_are_all_padded_and_kept_whole(self, llama, sizes):
-        # What is dropped is padding, and the block forgets it when the others forget tokens.
-        plan = PruningPlan.empty(llama, kv=replace(KV, first_tokens=6, token_choice="attention"))
-        input_ids, mask = (torch.nn.functional.pad(t, (6, 0)) for t in random_prompts([4, 3]))
-        input_ids, mask = with_completion(input_ids, mask, 5)
-        cache = TokenAwareCache(plan, llama, prompt_tokens=10)
-        actual = cached_logits(llama, cache, input_ids, mask, sizes)
-        real = mask.bool()
-        expected = masked_logits(llama, plan, input_ids, mask, 10)
-        torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
-        assert [layer.keys.shape[-2] for layer in cache.token_aware_layers] == [4 + 5] * 4
-
-    def test_right_padding_is_refused(self, llama):
-        input_ids, mask = random_prompts([16, 9])
-        with TokenAwareCache(PruningPlan.empty(llama, kv=self.KV), llama) as cache:
-            with pytest.raises(ValueError, match="padded on the left"):
-                llama(input_ids=input_ids, attention_mask=mask.flip(1), past_key_values=cache)
-
-    def test_no_attention_is_held_where_nothing_is_dropped(self, llama):
-        plan = PruningPlan.empty(llama, kv=replace(self.KV, first_tokens=8, block_windows=()))
-        cache = TokenAwareCache(plan, llama, prompt_tokens=12)
-        for size in (10, 2):
-            cached_logits(llama, cache, *random_prompts([12, 5]), [size])
-            assert all(layer.attention is None and layer.columns is None for layer in cache.token_aware_layers)
-        cache.crop(-6)
-        assert cache.get_seq_length() == 6
-
-    def test_attention_that_cannot_be_observed_is_refused_at_construction(self, llama, monkeypatch):
-        def forward(self, hidden_states, rotations, attention_mask=None, past_key_values=None):
-            pass
-
-        monkeypatch.setattr(type(llama.model.layers[0].self_attn), "forward", forward)
-        with pytest.raises(ValueError, match=r"\(rotations\); choose them by token_choice first_last"):
-            TokenAwareCache(PruningPlan.empty(llama, kv=self.KV), llama)
-        assert hooks_of(llama) == 0
-
-
 class TestMemory:
     @pytest.mark.parametrize("lengths", [[16], [16, 16], [9, 3], [5, 2]], ids=str)
     def test_held_bytes_are_what_the_plan_says(self, model, plan, lengths):
@@ -504,162 +306,3 @@ class TestBypassedBlocks:
         real = mask.bool()
         torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
         assert all(cache.layers[block].get_seq_length() == 0 for block in bypassed)
-
-
-class TestBadInput:
-    def test_rows_must_stay_as_many(self, llama):
-        cache, input_ids, mask = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 3]), 2)
-        with pytest.raises(ValueError, match="holds 2 rows, this forward has 1"):
-            llama(input_ids=input_ids[:1, :1], past_key_values=cache)
-
-    @pytest.mark.parametrize("columns", [1, 16, 18, 20])
-    def test_padding_mask_must_cover_all_tokens(self, llama, columns):
-        cache, input_ids, _ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 3]), 2)
-        before = states_of(cache)
-        with pytest.raises(ValueError, match=r"shape \(2, 19\), got"):
-            llama(input_ids=input_ids[:, :1], attention_mask=torch.ones(2, columns), past_key_values=cache)
-        assert_same_states(before, states_of(cache))
-
-    def test_new_prompt_without_reset(self, llama):
-        for lengths in ([10, 12], [24, 20], [24, 24]):  # shorter than what is held, longer, and not padded
-            cache, *_ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 3]), 2)
-            before = states_of(cache)
-            input_ids, mask = random_prompts(lengths)
-            settings = {"input_ids": input_ids, "attention_mask": mask, "max_new_tokens": 2, "do_sample": False}
-            with pytest.raises(ValueError, match=r"for a new prompt, reset\(\) the cache"):
-                llama.generate(past_key_values=cache, **settings)
-            assert_same_states(before, states_of(cache))
-            cache.reset()
-            again = llama.generate(past_key_values=cache, **settings)
-            with TokenAwareCache(cache.plan, llama) as fresh:
-                assert torch.equal(again, llama.generate(past_key_values=fresh, **settings))
-
-    @pytest.mark.parametrize("num_hidden_layers", [6, 8])
-    def test_model_that_it_was_not_made_for(self, llama, tiny_model, num_hidden_layers):
-        # Its hooks are on the other model: this one would keep all tokens, and not say so.
-        other = tiny_model("llama", num_hidden_layers=num_hidden_layers)
-        prompts = dict(zip(("input_ids", "attention_mask"), random_prompts([16, 3]), strict=True))
-        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama) as cache:
-            with pytest.raises(ValueError, match="made for another model, or has been closed"):
-                other.generate(past_key_values=cache, max_new_tokens=2, **prompts)
-            llama(past_key_values=cache, **prompts)
-            with pytest.raises(ValueError, match="made for another model, or has been closed"):
-                other(input_ids=prompts["input_ids"][:, :1], past_key_values=cache)
-
-    def test_closed_cache(self, llama):
-        cache, *_ = filled_cache(PruningPlan.empty(llama, kv=KV), llama, *random_prompts([16, 16]), 2)
-        before = states_of(cache)
-        cache.close()
-        with pytest.raises(ValueError, match="made for another model, or has been closed"):
-            llama(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
-        assert_same_states(before, states_of(cache))
-
-    def test_flash_attention_has_to_end_where_the_prompt_ends(self, llama):
-        # Attention itself does not run: the hooks find out before it.
-        llama.config._attn_implementation = "flash_attention_2"
-        input_ids, mask = random_prompts([20, 18])
-        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama, prompt_tokens=16) as cache:
-            with pytest.raises(ValueError, match="a forward has to end where the prompt ends"):
-                llama(input_ids=input_ids, attention_mask=mask, past_key_values=cache)
-
-    def test_mask_of_four_dimensions(self, llama):
-        input_ids, _ = random_prompts([16])
-        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama) as cache:
-            with pytest.raises(ValueError, match="padding mask"):
-                llama(input_ids=input_ids, attention_mask=torch.ones(1, 1, 16, 16), past_key_values=cache)
-
-    def test_model_of_another_plan(self, llama, tiny_model):
-        with pytest.raises(ValueError, match="6 blocks"):
-            TokenAwareCache(PruningPlan.empty(llama, kv=KV), tiny_model("llama", num_hidden_layers=5))
-        with pytest.raises(ValueError, match="qwen2"):
-            TokenAwareCache(PruningPlan.empty(llama, kv=KV), tiny_model("qwen2"))
-
-
-LINEAR = {"layer_types": ["linear_attention", "full_attention"] * 3}
-SMALL = {"hidden_size": 64, "vocab_size": 256, "num_hidden_layers": 6, "num_attention_heads": 4}
-
-
-class TestUnsupportedArchitectures:
-    """What cannot be right says so before any work."""
-
-    @pytest.mark.parametrize(
-        ("architecture", "values", "reason"),
-        [
-            ("bloom", SMALL | {"n_head": 4}, "ALiBi"),
-            ("mpt", {"d_model": 64, "n_heads": 4, "n_layers": 6, "vocab_size": 256}, "ALiBi"),
-            ("falcon", SMALL | {"alibi": True, "new_decoder_architecture": False}, "ALiBi"),
-            (
-                "gpt_neo",
-                {
-                    "hidden_size": 64,
-                    "num_heads": 4,
-                    "num_layers": 6,
-                    "attention_types": [[["global", "local"], 3]],
-                    "vocab_size": 256,
-                },
-                "local attention",
-            ),
-            ("openai-gpt", {"n_embd": 64, "n_head": 4, "n_layer": 6, "vocab_size": 256}, "takes no KV cache"),
-            (
-                "mamba",
-                {"hidden_size": 64, "state_size": 4, "num_hidden_layers": 6, "vocab_size": 256},
-                "LinearAttention",
-            ),
-            ("recurrent_gemma", SMALL | {"lru_width": 64, "intermediate_size": 96}, "LinearAttention"),
-            (
-                "qwen3_next",
-                SMALL
-                | LINEAR
-                | {
-                    "num_key_value_heads": 2,
-                    "head_dim": 16,
-                    "num_experts": 2,
-                    "num_experts_per_tok": 1,
-                    "moe_intermediate_size": 32,
-                    "shared_expert_intermediate_size": 32,
-                    "intermediate_size": 96,
-                    "linear_num_value_heads": 4,
-                    "linear_num_key_heads": 2,
-                    "linear_key_head_dim": 16,
-                    "linear_value_head_dim": 16,
-                },
-                "block 0 in a LinearAttention",
-            ),
-            (
-                "gemma3n_text",
-                SMALL
-                | {
-                    "num_hidden_layers": 10,
-                    "num_key_value_heads": 2,
-                    "head_dim": 16,
-                    "intermediate_size": 96,
-                    "num_kv_shared_layers": 3,
-                    "vocab_size_per_layer_input": 256,
-                    "hidden_size_per_layer_input": 8,
-                    "activation_sparsity_pattern": None,
-                    "laurel_rank": 4,
-                    "altup_num_inputs": 2,
-                },
-                "block 7 in a DummyLayer",
-            ),
-        ],
-        ids=lambda value: value if isinstance(value, str) else "",
-    )
-    def test_is_refused_at_construction(self, architecture, values, reason):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **values))
-        # Block 4 holds KV entries in all of them: it is not the token-aware block itself that is the trouble.
-        plan = PruningPlan.empty(model, kv=KVPlan((1, 4), 1, 1))
-        with pytest.raises(ValueError, match=reason):
-            TokenAwareCache(plan, model)
-        assert hooks_of(model) == 0
-
-    def test_without_token_aware_blocks_there_still_has_to_be_a_cache(self):
-        values = {"n_embd": 64, "n_head": 4, "n_layer": 6, "vocab_size": 256}
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("openai-gpt", **values))
-        with pytest.raises(ValueError, match="takes no KV cache"):
-            TokenAwareCache(PruningPlan.empty(model), model)
-
-    def test_flex_attention(self, llama):
-        llama.set_attn_implementation("flex_attention")
-        with pytest.raises(ValueError, match="flex_attention"):
-            TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama)
