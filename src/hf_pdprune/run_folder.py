@@ -14,6 +14,9 @@ from accelerate.utils import broadcast_object_list
 from .artefact_file import read_json, write_artefact
 
 
+RUN_FILE_NAME = "run.json"
+
+
 class RunFolder:
     """
     The folder of one run. Each step records the settings that it was made with, and refuses to go on in a folder whose
@@ -41,7 +44,7 @@ class RunFolder:
         self.files_of_step = files_of_step
         self.overwrite = overwrite
         self.defaults = {key: value for kind in options for key, value in _defaults(kind).items()}
-        self.path = self.folder / "run.json"
+        self.path = self.folder / RUN_FILE_NAME
         self.steps: dict[str, dict[str, Any]] = {}
         state = PartialState()
         if state.is_main_process and self.path.is_file():

@@ -1,6 +1,7 @@
 """Perplexity, KLToDense and Top1Agreement as metrics of the library evaluate, per stage, without any download."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from .token_statistics import token_statistics
 DENSE_LOGITS = "the dense model's logits, of shape (num_tokens, vocab_size)"
 
 
-class TokenMetric(evaluate.Metric):
+class TokenMetric(evaluate.Metric, ABC):
     """
     Base of the metrics: one number per predicted token, the mean of them, and the mean by stage.
 
@@ -94,9 +95,9 @@ class TokenMetric(evaluate.Metric):
                 result[f"{self.name_of_result}_{stage}"] = self.of_mean(float(values[names == stage].mean()))
         return result
 
+    @abstractmethod
     def values(self, logits: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """One number per token, shape `(num_tokens,)`."""
-        raise NotImplementedError
 
     def of_mean(self, mean: float) -> float:
         """The result, from the mean over tokens."""

@@ -9,12 +9,12 @@ from typing import Any
 
 from ..artefact_file import read_json
 from ..data import load_text, single_sources
+from ..run_folder import RUN_FILE_NAME
 from .text_overlap import TextOverlap
 
 
 logger = logging.getLogger(__name__)
 
-RUN_FILE_NAME = "run.json"
 Source = tuple[str, str, str | None]
 
 

@@ -196,11 +196,10 @@ def _task_section(results: Mapping[str, Any], has_plot: bool) -> list[str]:
             lines += [f"![Right answers per task]({TASK_PLOT_FILE_NAME})", ""]
     for task, reason in results.get("tasks_skipped", {}).items():
         lines += [f"left out: {task} ({reason})  "]
-    seen = results.get("overlap", {}).get("seen_rows")
-    if seen:
-        lines += [
-            "Rows that search or distillation had seen: " + ", ".join(f"{k} {v}" for k, v in seen.items()) + "  "
-        ]
+    seen = [results.get(part, {}).get("seen_rows", {}) for part in ("overlap", "validation_overlap")]
+    counts = [f"{name} {count}" for rows in seen for name, count in rows.items()]
+    if counts:
+        lines += [f"Rows that search or distillation had seen: {', '.join(counts)}  "]
     if "quality_of_stages" in results:
         tokens = results["quality_of_stages"]["dense"]["tokens"]
         lines += ["", ResultTable.of_stage_quality(results).to_markdown(), ""]

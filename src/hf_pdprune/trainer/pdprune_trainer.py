@@ -22,6 +22,7 @@ from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
 from ..search import SearchConfig
+from ..spread_weights import is_partitioned
 from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
 from .dense_model import load_dense_model, load_tokenizer
@@ -180,8 +181,7 @@ class PDPruneTrainer(SFTTrainer):
                 self.state = state
                 self.removal.move_to(state.global_step, state.max_steps)
                 return TrainOutput(state.global_step, 0.0, {})
-            is_partitioned = any(hasattr(parameter, "ds_status") for parameter in self.model.parameters())
-            if self.is_deepspeed_enabled and isinstance(self.model, PeftModel) and not is_partitioned:
+            if self.is_deepspeed_enabled and isinstance(self.model, PeftModel) and not is_partitioned(self.model):
                 # DeepSpeed's own files, which Trainer resumes from, leave out fitted layers: they do not learn.
                 self._load_from_checkpoint(resume_from_checkpoint)
         if self.args.search_in_rounds:
