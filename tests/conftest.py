@@ -49,6 +49,17 @@ def tiny_llama(tiny_model):
 
 
 @pytest.fixture
+def accelerator():
+    """The accelerator's device, which multiplies float32 in full (no TF32) as long as the test runs."""
+    if not torch.accelerator.is_available():
+        pytest.skip("this machine has no accelerator that torch can use")
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture
 def tiny_tokenizer():
     """Byte-level, lossless for any text, with ids below the tiny models' vocabulary size and a chat template."""
     specials = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]

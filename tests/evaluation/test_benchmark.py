@@ -2,6 +2,7 @@ import gc
 from functools import partial
 
 import pytest
+import torch
 from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache, StaticCache
 
@@ -175,3 +176,22 @@ def test_decode_steps_can_be_compiled(tiny_llama, plan, monkeypatch):
 def test_bad_options_are_named(values):
     with pytest.raises(ValueError, match=next(iter(values))):
         BenchmarkConfig(**values)
+
+
+@pytest.mark.gpu
+def test_the_environment_names_the_accelerator_and_every_peak_is_measured(tiny_llama, plan, accelerator):
+    model = tiny_llama.to(accelerator)
+    pair = [kind(build_stage(model, plan, kind.name), plan) for kind in (PrefillStage, DecodeStage)]
+    assert {stage.model.device for stage in pair} == {accelerator}
+    result = SpeedBenchmark(model, *pair, small(prompt_tokens=[480], batch_sizes=[4], warmup=0)).run()
+    environment = result["environment"]
+    assert environment["device"] == torch.get_device_module(accelerator).get_device_name(accelerator)
+    assert environment["device_type"] == accelerator.type and environment["cpu"] != environment["device"]
+    (case,) = result["cases"]
+    held = case["kv"]["bytes_held"]
+    assert held == {"dense": case["kv"]["bytes_dense"], "pruned": case["kv"]["bytes_kv"]}
+    for name, parts in (("dense", model), ("pruned", pair[1].model)):
+        parameters = 4 * sum(parameter.numel() for parameter in parts.parameters())
+        assert parameters + held[name] < case["memory"]["decode"][name]
+        assert parameters < case["memory"]["prefill"][name]
+        assert case["ttft"][name]["median"] > 0 and case["tpot"][name]["median"] > 0

@@ -85,3 +85,12 @@ def test_wrong_input_is_named(tokens):
         KLToDense().add_batch(predictions=logits, references=dense[:, :5])
     with pytest.raises(ValueError, match="NaN or infinity"):
         KLToDense().add_batch(predictions=logits * math.nan, references=dense)
+
+
+@pytest.mark.gpu
+def test_logits_may_lie_on_an_accelerator(tokens, accelerator):
+    logits, dense, labels, stages = tokens
+    for metric, references in ((Perplexity(), labels), (KLToDense(), dense), (Top1Agreement(), dense)):
+        expected = metric.compute(predictions=logits, references=references, stages=stages)
+        there = {"predictions": logits.to(accelerator), "references": references.to(accelerator)}
+        assert metric.compute(**there, stages=stages) == pytest.approx(expected, rel=1e-4)

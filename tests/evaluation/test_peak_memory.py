@@ -10,11 +10,7 @@ DEVICES = ["cpu", pytest.param("accelerator", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def device(request):
-    if request.param == "cpu":
-        return torch.device("cpu")
-    if not torch.accelerator.is_available():
-        pytest.skip("no accelerator")
-    return torch.accelerator.current_accelerator()
+    return torch.device("cpu") if request.param == "cpu" else request.getfixturevalue("accelerator")
 
 
 def test_weights_are_counted_once(tiny_model):

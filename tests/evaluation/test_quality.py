@@ -110,3 +110,14 @@ def test_nothing_to_evaluate_is_an_error(tiny_llama, batches):
         compare_quality(tiny_llama, {}, [])
     with pytest.raises(ValueError, match="'dense' is the dense model's name"):
         compare_quality(tiny_llama, {"dense": views(tiny_llama, plan_of(tiny_llama))}, batches)
+
+
+@pytest.mark.gpu
+def test_quality_on_an_accelerator_is_that_of_the_cpu(tiny_llama, batches, accelerator):
+    plan = plan_of(tiny_llama)
+    expected = compare_hand_overs(tiny_llama, {"pair": views(tiny_llama, plan)}, batches)
+    model = tiny_llama.to(accelerator)  # the batches stay where they are
+    actual = compare_hand_overs(model, {"pair": views(model, plan)}, batches)
+    for here, there in zip(expected, actual, strict=True):
+        for name in ("dense", "pair"):
+            assert there[name] == pytest.approx(here[name], rel=1e-3, abs=1e-6)

@@ -7,8 +7,9 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from hf_pdprune.inference import DecodeStage, PrefillStage
-from hf_pdprune.kv import KVPayload, PayloadError, TokenAwareCache
+from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PayloadError, TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan_parts import TOKEN_CHOICES
 
 
 KV = KVPlan((0, 1, 3, 5), 2, 4, block_windows=((3, 1, 7),))
@@ -277,6 +278,49 @@ class TestPlacement:
             devices = {states.device.type for layer in cache.layers for states in (layer.keys, layer.values)}
         assert devices == {"meta"}
         assert {keys.to("cpu").nbytes > 0 for keys, _ in payload.entries.values()} == {True}
+
+
+@pytest.mark.gpu
+class TestOnAnAccelerator:
+    """Of prompts that are padded on the left, as `prompts` are."""
+
+    @pytest.mark.parametrize("token_choice", TOKEN_CHOICES)
+    @pytest.mark.parametrize("settings", [{}, {"num_beams": 3}], ids=str)
+    def test_tokens_are_those_of_the_cpu(self, model, plan, prompts, accelerator, token_choice, settings):
+        plan = replace(plan, decode=StagePlan((2, 4)), kv=replace(KV, token_choice=token_choice))
+        settings = settings | {"max_new_tokens": 12, "do_sample": False}
+        expected = hand_over(model, plan, prompts, **settings)
+        actual = hand_over(model.to(accelerator), plan, [tensor.to(accelerator) for tensor in prompts], **settings)
+        assert actual.device == accelerator
+        assert torch.equal(actual.cpu(), expected)
+
+    @pytest.mark.parametrize("prefill_is_there", [True, False])
+    def test_one_stage_there_and_the_other_on_the_cpu(
+        self, model, plan, prompts, tiny_model, accelerator, prefill_is_there
+    ):
+        settings = {"max_new_tokens": 12, "do_sample": False}
+        expected = hand_over(model, plan, prompts, **settings)
+        there = tiny_model("llama").to(accelerator)
+        there.generation_config.eos_token_id = None
+        models = (there, model) if prefill_is_there else (model, there)
+        payload = PrefillStage(models[0], plan)(*(tensor.to(models[0].device) for tensor in prompts), **settings)
+        received = KVPayload.from_bytes(payload.to_bytes())
+        assert torch.equal(DecodeStage(models[1], plan).generate(received, **settings).cpu(), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("quantization", [None, *QUANTIZATIONS])
+    def test_the_wire_changes_no_token(self, model, plan, prompts, accelerator, dtype, quantization):
+        model, prompts = model.to(accelerator, dtype), [tensor.to(accelerator) for tensor in prompts]
+        settings = {"max_new_tokens": 12, "do_sample": False}
+        payload = PrefillStage(model, plan, quantization=quantization)(*prompts, **settings)
+        received = KVPayload.from_bytes(payload.to_bytes())
+        assert received.device_of(0).type == "cpu" and payload.device_of(0) == accelerator
+        for block in payload.entries:
+            for sent, states in zip(payload.entries_of(block), received.entries_of(block, accelerator), strict=True):
+                assert sent.dtype == states.dtype == dtype
+                assert torch.equal(sent, states)
+        decode = DecodeStage(model, plan)
+        assert torch.equal(decode.generate(received, **settings), decode.generate(payload, **settings))
 
 
 class TestForeignPayloads:

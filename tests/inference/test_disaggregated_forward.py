@@ -188,3 +188,19 @@ def test_exported_pair_and_wire(tiny_model, batch, exported, token_choice):
         KVPayload.from_bytes(payload.to_bytes()), batch["completion_ids"][:, :-1], batch["completion_mask"][:, :-1]
     )
     torch.testing.assert_close(rest[real[:, 1:]], views[:, 1:][real[:, 1:]])
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("make_plan", [pruned_plan, partial(pruned_plan, token_choice="attention"), relaxed_plan])
+def test_logits_on_an_accelerator_are_those_of_the_cpu(tiny_model, accelerator, architecture, batch, make_plan):
+    model = tiny_model(architecture, initializer_range=0.1)
+    plan, real = make_plan(model), batch["completion_mask"].bool()
+    expected, dense = forward(model, plan, batch)[real], dense_forward(model, batch)[real]
+    model, there = model.to(accelerator), {name: tensor.to(accelerator) for name, tensor in batch.items()}
+    actual = forward(model, plan, there)
+    assert actual.device == accelerator
+    torch.testing.assert_close(actual.cpu()[real], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(dense_forward(model, there).cpu()[real], dense, atol=1e-4, rtol=0)
+    assert (expected - dense).abs().max() > 1e-1

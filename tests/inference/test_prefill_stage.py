@@ -1,3 +1,4 @@
+import gc
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,9 @@ from masked_reference import random_prompts
 from hf_pdprune.blocks import bypass_blocks
 from hf_pdprune.inference import PrefillStage
 from hf_pdprune.inference.stage import position_ids
-from hf_pdprune.kv import KVPayload
+from hf_pdprune.kv import KVPayload, PayloadReader
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan_parts import TOKEN_CHOICES
 
 
 @pytest.fixture
@@ -189,3 +191,37 @@ class TestFirstTokenFromDecode:
             stage(prompts[0][:, -1:], first_token="decode")
         with pytest.raises(ValueError, match="return_log_probs"):
             stage(*prompts, first_token="decode", return_log_probs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("token_choice", TOKEN_CHOICES)
+def test_of_a_prompt_only_the_payload_stays_in_an_accelerators_memory(tiny_model, plan, accelerator, token_choice):
+    model = tiny_model("llama", max_position_embeddings=4096).to(accelerator)
+    plan = replace(plan, kv=KVPlan((0, 2, 5), 16, 112, token_choice))
+    stage, prompts = PrefillStage(model, plan), [tensor.to(accelerator) for tensor in random_prompts([2048, 1900])]
+    stage(*prompts, do_sample=False)  # what libraries allocate for themselves is there from now on
+
+    def allocated():
+        gc.collect()
+        torch.accelerator.synchronize(accelerator)
+        return torch.accelerator.memory_allocated(accelerator)
+
+    before = allocated()
+    payload = stage(*prompts, do_sample=False)
+    grown = allocated() - before
+    per_token = 2 * 2 * 2 * 16 * 4  # rows, keys and values, heads, head_dim, bytes
+    kept = sum(plan.kept_prompt_tokens(block, 2048) for block in payload.entries)
+    assert kept == 2048 + 3 * 128  # block 3, and 0, 2 and 5
+    assert payload.nbytes_kv == kept * per_token
+    # Beside it the tokens, and up to 512 bytes of rounding for each tensor; keys of a whole prompt take 512 KiB.
+    assert payload.nbytes_kv <= grown < payload.nbytes_kv + 64 * 1024
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_frames_that_an_accelerator_sends_are_its_payload(tiny_llama, plan, prompts, accelerator, quantization):
+    stage = PrefillStage(tiny_llama.to(accelerator), plan, quantization=quantization)
+    prompts, frames, reader = [tensor.to(accelerator) for tensor in prompts], [], PayloadReader()
+    payload = stage(*prompts, do_sample=False, send=frames.append)
+    *_, received = [reader.feed(frame) for frame in frames]
+    assert received.to_bytes() == payload.to_bytes() == stage(*prompts, do_sample=False).to_bytes()

@@ -180,3 +180,20 @@ class TestForeign:
         with pytest.raises(PayloadError):
             TokenAwareCache.from_payload(payload, plan, tiny_llama)
         assert not any(module._forward_pre_hooks for module in tiny_llama.modules())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [None, "token", "log_probs", "last"])
+def test_bytes_from_an_accelerator_are_those_of_the_cpu(accelerator, dtype, first):
+    payload = make_payload(rows=3, tokens=40, heads=2, head_dim=64, dtype=dtype, first=first)
+    there = payload.prompt_to(accelerator)
+    there.entries = {block: tuple(s.to(accelerator) for s in pair) for block, pair in payload.entries.items()}
+    wire = there.to_bytes()
+    assert wire == payload.to_bytes() and there.nbytes == len(wire)
+    received = KVPayload.from_bytes(wire)
+    assert_equal_payloads(received, payload)
+    for block, pair in there.entries.items():
+        for states, sent in zip(received.entries_of(block, accelerator), pair, strict=True):
+            assert states.device == accelerator
+            assert torch.equal(states, sent)

@@ -131,3 +131,36 @@ def test_bad_input():
         states[0, 0, 1, 2] = value
         with pytest.raises(ValueError, match="NaN or infinity"):
             QuantizedStates.quantize(states, "int8")
+
+
+def codes_of(quantized, kind):
+    """What the codes stand for, without scales."""
+    if kind == "int4":
+        return torch.stack([quantized.codes & 15, quantized.codes >> 4], dim=-1).flatten(-2).float()
+    return quantized.codes.float()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", QUANTIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_accelerator_rounds_as_the_cpu_does(accelerator, kind, dtype):
+    states = random_states((2, 3, 64, 64), dtype)
+    here = QuantizedStates.quantize(states, kind)
+    there = QuantizedStates.quantize(states.to(accelerator), kind)
+    assert there.is_valid(kind) and there.codes.device == accelerator
+    moved = there.to("cpu")
+    # Where a number lies between two codes, or a scale between two bfloat16 numbers, either may be taken.
+    assert torch.allclose(moved.scales.float(), here.scales.float(), rtol=2**-7, atol=0)
+    if kind == "int4":
+        assert torch.allclose(moved.offsets.float(), here.offsets.float(), rtol=2**-7, atol=0)
+    codes, expected = codes_of(moved, kind), codes_of(here, kind)
+    step = 1.0 if kind != "fp8" else torch.maximum(codes.abs(), expected.abs()) / 8 + 2**-9
+    assert ((codes - expected).abs() <= step).all()
+    assert (codes == expected).float().mean() > 0.99
+    # The same codes come out as the same numbers; int4 sums up 64 of them to rotate back.
+    back, as_here = there.dequantize().cpu(), moved.dequantize()
+    assert back.dtype == dtype
+    if kind == "int4":
+        torch.testing.assert_close(back, as_here, atol=1e-5 * float(states.abs().max()), rtol=torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(back, as_here)

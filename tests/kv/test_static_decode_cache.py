@@ -1,4 +1,5 @@
 import gc
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from masked_reference import random_prompts
 from tiny_configs import ARCHITECTURES
 from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
 from transformers import DynamicCache
 
 from hf_pdprune.blocks import get_blocks
@@ -26,13 +28,13 @@ def plan_of(model, kv=KV, missing=(2,)):
 
 
 def hand_over(model, plan, lengths=LENGTHS, **kwargs):
-    ids, mask = random_prompts(lengths)
+    ids, mask = (tensor.to(model.device) for tensor in random_prompts(lengths))
     return PrefillStage(model, plan)(ids, mask, **kwargs)
 
 
 def after_prompt(model, plan, lengths=LENGTHS):
     """A cache that has read a prompt, and what generate goes on with."""
-    ids, mask = random_prompts(lengths)
+    ids, mask = (tensor.to(model.device) for tensor in random_prompts(lengths))
     cache = TokenAwareCache(plan, model)
     with torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits[:, -1:]
@@ -195,6 +197,57 @@ def test_what_is_kept_is_part_of_no_graph_and_no_inference_mode(tiny_llama):
         with torch.inference_mode(mode):
             answers.append(stage.generate(hand_over(tiny_llama, plan), max_new_tokens=4, do_sample=False))
     assert torch.equal(*answers)
+
+
+@pytest.mark.gpu
+class TestOnAnAccelerator:
+    @pytest.fixture(autouse=True)
+    def nothing_compiled(self):
+        torch.compiler.reset()
+        counters.clear()
+        yield
+        torch.compiler.reset()
+
+    @pytest.fixture
+    def model(self, tiny_model, accelerator):
+        model = tiny_model("llama", num_hidden_layers=2, initializer_range=0.2).to(accelerator)
+        model.generation_config.eos_token_id = None
+        return model
+
+    @pytest.mark.parametrize("backend", ["cudagraphs", "inductor"])
+    def test_a_compiled_step_gives_the_eager_tokens(self, model, backend):
+        check_compiler(backend)
+        plan = plan_of(model, KVPlan((0,), 2, 4), missing=())
+        compiled, static = torch.compile(model.__call__, backend=backend, fullgraph=True), None
+        for lengths in (LENGTHS, [14, 5, 11], [9, 9, 9]):
+            cache, ids, mask = after_prompt(model, plan, lengths)
+            with cache:
+                expected = steps(model, model, cache, ids, mask)
+            cache, ids, mask = after_prompt(model, plan, lengths)
+            if static is None:
+                static = StaticDecodeCache(cache, model, 6)
+            else:
+                static.fill(cache)
+            actual = steps(model, compiled, static, ids, mask)
+            torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
+            assert torch.equal(actual.argmax(-1), expected.argmax(-1))
+        assert counters["stats"]["unique_graphs"] == 1
+
+    @pytest.mark.parametrize("token_choice", TOKEN_CHOICES)
+    def test_generate_compiles_its_steps(self, model, token_choice):
+        check_compiler("inductor")
+        plan = plan_of(model, KVPlan((0,), 2, 4, token_choice), missing=())
+        plain, stage = DecodeStage(model, plan), DecodeStage(model, plan, static_shapes=True)
+        for lengths in (LENGTHS, [14, 5, 11]):
+            payload = hand_over(model, plan, lengths, do_sample=False)
+            settings = {"max_new_tokens": 9, "do_sample": False}
+            assert torch.equal(stage.generate(payload, **settings), plain.generate(payload, **settings))
+        assert counters["stats"]["unique_graphs"] > 0
+
+
+def check_compiler(backend):
+    if backend == "inductor" and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        pytest.skip("inductor needs a C compiler")
 
 
 class TestErrors:

@@ -18,6 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from hf_pdprune.blocks import bypass_blocks, get_blocks
 from hf_pdprune.kv import TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
+from hf_pdprune.plan_parts import TOKEN_CHOICES
 
 
 class TestGenerate:
@@ -306,3 +307,50 @@ class TestBypassedBlocks:
         real = mask.bool()
         torch.testing.assert_close(actual[real], expected[real], atol=5e-5, rtol=0)
         assert all(cache.layers[block].get_seq_length() == 0 for block in bypassed)
+
+
+@pytest.mark.gpu
+class TestMemoryOfAnAccelerator:
+    PROMPT_TOKENS = 2048
+    # What is kept beside keys and values, and up to 512 bytes of rounding for each tensor. Keys of a whole prompt take
+    # 512 KiB.
+    MOST_BESIDE = 128 * 1024
+
+    @pytest.fixture
+    def long_model(self, tiny_model, accelerator):
+        return tiny_model("llama", max_position_embeddings=4096).to(accelerator)
+
+    @staticmethod
+    def allocated(device):
+        gc.collect()
+        torch.accelerator.synchronize(device)
+        return torch.accelerator.memory_allocated(device)
+
+    @pytest.mark.parametrize("token_choice", TOKEN_CHOICES)
+    def test_it_is_that_of_the_kept_tokens_and_steps_copy_none(self, long_model, accelerator, token_choice):
+        plan = PruningPlan.empty(long_model, kv=KVPlan((0, 1, 3, 5), 16, 112, token_choice))
+        prompts = random_prompts([self.PROMPT_TOKENS, self.PROMPT_TOKENS - 100])
+        ids, mask = (tensor.to(accelerator) for tensor in with_completion(*prompts, 31))
+        for _ in range(2):  # the first time, libraries allocate what they need for themselves
+            before = self.allocated(accelerator)
+            cache = TokenAwareCache(plan, long_model)
+            cached_logits(long_model, cache, ids, mask, [self.PROMPT_TOKENS])
+            grown = self.allocated(accelerator) - before
+            held = cache.nbytes
+            cached_logits(long_model, cache, ids, mask, [1])
+            pointers, begun = self.pointers(cache), self.allocated(accelerator) - before
+            for _ in range(30):
+                cached_logits(long_model, cache, ids, mask, [1])
+                assert self.pointers(cache) == pointers
+            ended, reserved = self.allocated(accelerator) - before, cache.nbytes_allocated
+            cache.close()
+            del cache
+        per_token = 2 * 2 * 2 * 16 * 4  # rows, keys and values, heads, head_dim, bytes
+        assert held == per_token * (2 * self.PROMPT_TOKENS + 4 * 128)
+        assert held <= grown < held + self.MOST_BESIDE
+        assert reserved <= begun < reserved + self.MOST_BESIDE
+        assert reserved <= ended < reserved + self.MOST_BESIDE
+
+    @staticmethod
+    def pointers(cache):
+        return [(layer.keys.data_ptr(), layer.values.data_ptr()) for layer in cache.layers]

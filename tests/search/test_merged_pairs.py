@@ -144,3 +144,20 @@ def test_bad_input_is_named(tiny_model, text):
     broken.model.layers[2].mlp.down_proj.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="block 2: its hidden states hold NaN"):
         MergedPairs.distil(broken, text, (2,), rank=4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pairs_on_an_accelerator_are_about_those_of_the_cpu(tiny_model, calibration, text, accelerator, name):
+    left, energies = [], []
+    for device in ("cpu", accelerator):
+        model = tiny_model(name).to(device)
+        pairs = MergedPairs.distil(model, [batch.to(device) for batch in text], (2, 4), rank=16)
+        assert all(t.device == model.device for fit in pairs.pairs.values() for t in fit.tensors().values())
+        objective = Objective(model, calibration(model), merged_pairs=pairs)
+        plan = Operations((2, 4), pairs.pairs).plan(objective.dense_plan, {2: 1, 4: 3}, {2: 1, 4: 3})
+        left.append([pairs.pairs[pair].left for pair in ((1, 2), (3, 4))])
+        energies.append(objective.energy(plan))
+    # Neurons that matter about equally little may be chosen otherwise.
+    assert left[1] == pytest.approx(left[0], rel=1e-2)
+    assert energies[1] == pytest.approx(energies[0], rel=5e-2)

@@ -211,3 +211,22 @@ def test_a_rounded_teacher_changes_energies_little(tiny_llama, calibration):
     exact = Objective(tiny_llama, calibration(tiny_llama)).energy(plan)
     rounded = Objective(tiny_llama, calibration(tiny_llama, teacher_dtype=torch.bfloat16)).energy(plan)
     assert rounded == pytest.approx(exact, rel=1e-2) and rounded != exact
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_energies_on_an_accelerator_are_those_of_the_cpu(
+    tiny_model, calibration, random_plan, accelerator, architecture
+):
+    here, there = tiny_model(architecture), tiny_model(architecture).to(accelerator)
+    objectives = [Objective(model, calibration(model)) for model in (here, there)]
+    assert objectives[1].calibration[0].rest.probabilities.device == accelerator
+    rng = random.Random(0)
+    for step in range(6):
+        plan = random_plan(here, rng)
+        expected, actual = (objective.energy(plan) for objective in objectives)
+        assert actual == pytest.approx(expected, abs=1e-5, rel=1e-3)
+        if step % 2:  # later ones are then computed from the first block that differs
+            for objective in objectives:
+                objective.accept(plan)
+    assert objectives[0].cost.block_tokens == objectives[1].cost.block_tokens

@@ -237,3 +237,29 @@ def test_a_folder_with_another_search_is_refused(setup, calibration, tmp_path):
     search_plan(model, data, statistics, config(strategy="one_shot"), tmp_path)
     with pytest.raises(ValueError, match="another model, calibration set"):
         search_plan(model, calibration(model, seed=5), statistics, config(strategy="one_shot"), tmp_path)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "greedy"},
+        {"strategy": "annealing"},
+        {"strategy": "annealing", "token_choice": "attention"},
+        {"strategy": "annealing", "merge_pairs": True, "merge_rank": 8, "merge_tokens": 256},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_an_accelerator_finds_the_plan_of_the_cpu(tiny_model, calibration, accelerator, options):
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(3, 250, (8, 32), generator=generator).tolist() if "merge_pairs" in options else None
+    plans = []
+    for device in ("cpu", accelerator):
+        model = tiny_model("llama", num_hidden_layers=8).to(device)
+        data = calibration(model)
+        statistics = BlockStatistics.measure(model, data.batches)
+        plans.append(search_plan(model, data, statistics, config(**options), merge_text=text))
+    expected, actual = plans
+    assert (actual.prefill, actual.decode, actual.kv) == (expected.prefill, expected.decode, expected.kv)
+    energies = actual.provenance["objective"]
+    assert energies["result"] == pytest.approx(expected.provenance["objective"]["result"], rel=1e-2)

@@ -84,3 +84,39 @@ def test_every_architecture_trains_in_it(tiny_model, make_trainer, architecture,
     )
     trainer.train()
     assert len(losses(trainer)) == 2
+
+
+@pytest.mark.gpu
+def test_an_accelerator_trains_in_it_about_as_in_float32_and_as_the_cpu(
+    tiny_model, make_trainer, accelerator, tmp_path, losses
+):
+    runs = {}
+    for name, options in {"cpu": {"use_cpu": True}, "float32": {}, "bfloat16": {"bf16": True}}.items():
+        options = {"use_cpu": False, "max_steps": 5, "local_distillation_tokens": 384} | options
+        trainer = make_trainer(tiny_model("llama"), output_dir=tmp_path / name, **options)
+        trainer.train()
+        assert name == "cpu" or {p.device for p in trainer.model.parameters()} == {accelerator}
+        assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+        runs[name] = losses(trainer)
+    assert all(0 < loss < float("inf") for run in runs.values() for loss in run)
+    assert runs["float32"] == pytest.approx(runs["cpu"], rel=0.02)
+    assert runs["bfloat16"] == pytest.approx(runs["float32"], rel=0.1) and runs["bfloat16"] != runs["float32"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation_checkpointing": True},
+        {"hidden_matching_weight": 0.1},
+        {"full_finetuning": True, "stage": "decode"},
+    ],
+    ids=str,
+)
+def test_every_way_to_train_runs_in_it_on_an_accelerator(
+    tiny_llama, make_trainer, accelerator, rows, tmp_path, losses, options
+):
+    options = {"use_cpu": False, "bf16": True, "max_steps": 2, "local_distillation_tokens": 0} | options
+    trainer = make_trainer(tiny_llama, output_dir=tmp_path / "run", **options)
+    trainer.train()
+    assert len(losses(trainer)) == 2 and all(0 < loss < float("inf") for loss in losses(trainer))

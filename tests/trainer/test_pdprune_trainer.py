@@ -17,9 +17,10 @@ def check_saved_stages(trainer, rows, folder):
     batch = trainer.data_collator([rows[0], rows[1]])
     trainer.model.eval()
     with torch.no_grad():
-        expected = disaggregated_forward(*trainer.stages(), batch)
+        there = {name: tensor.to(trainer.args.device) for name, tensor in batch.items()}
+        expected = disaggregated_forward(*trainer.stages(), there)
         actual = disaggregated_forward(*load_stages(folder), batch)
-    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(actual, expected.cpu(), atol=1e-4, rtol=1e-4)
 
 
 def test_training_brings_the_pair_nearer_to_the_dense_model(tiny_llama, make_trainer):
@@ -364,3 +365,15 @@ def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, make_trai
     for name, parameter in lora_of(resumed).items():
         torch.testing.assert_close(parameter, lora_of(whole)[name], msg=name)
         assert parameter.requires_grad == (name not in fixed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("local_distillation_tokens", [0, 384])
+def test_stages_that_an_accelerator_trained_are_loaded_on_the_cpu(
+    tiny_llama, make_trainer, accelerator, rows, tmp_path, local_distillation_tokens
+):
+    options = {"use_cpu": False, "local_distillation_tokens": local_distillation_tokens}
+    trainer = make_trainer(tiny_llama, output_dir=tmp_path / "run", **options)
+    assert trainer.args.device == accelerator
+    trainer.train()
+    check_saved_stages(trainer, rows, tmp_path / "stages")

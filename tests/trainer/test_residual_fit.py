@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -35,6 +37,17 @@ def test_hidden_states_come_nearer_to_the_dense_models(tiny_llama, ids, missing)
     after = (hidden_states(model, ids, missing, "stage") - dense).pow(2).mean()
     assert after < before
     assert all(0 <= value < 1 for value in left.values())
+
+
+def test_neurons_move_in_a_model_of_narrow_dtype_too(tiny_llama, ids):
+    with torch.no_grad():
+        for block in get_blocks(tiny_llama):
+            block.post_attention_layernorm.weight.uniform_(0.5, 2.0)
+    exact, narrow = (
+        ResidualFit(adapted(copy.deepcopy(tiny_llama).to(dtype)), ids.split(8)).fit((2, 3), "stage")
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert narrow == pytest.approx(exact, rel=0.05)
 
 
 def test_only_blocks_beside_gaps_change(tiny_llama, ids):
@@ -209,3 +222,18 @@ def test_at_most_twice_as_many_neurons_as_there_is_room_for_are_candidates(tiny_
     )
     ResidualFit(adapted(tiny_llama), ids.split(8)).fit((2, 3, 4), "stage")
     assert sizes == [2 * tiny_llama.config.intermediate_size] * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("missing", [(2,), (0, 3, 5)], ids=str)
+def test_what_an_accelerator_leaves_is_about_what_the_cpu_does(tiny_model, ids, accelerator, name, missing):
+    left, errors = [], []
+    for device in ("cpu", accelerator):
+        model, there = adapted(tiny_model(name)).to(device), ids.to(device)
+        dense = hidden_states(model, there, (), None)
+        left.append(ResidualFit(model, there.split(8)).fit(missing, "stage"))
+        errors.append(float((hidden_states(model, there, missing, "stage") - dense).pow(2).mean()))
+    # Neurons that matter about equally little may be chosen otherwise.
+    assert left[1] == pytest.approx(left[0], rel=2e-2)
+    assert errors[1] == pytest.approx(errors[0], rel=5e-2)

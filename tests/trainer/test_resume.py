@@ -104,3 +104,19 @@ def test_checkpoint_with_an_adapter_that_the_model_lacks_is_refused(tiny_model, 
     other = make_trainer(tiny_model("llama"), output_dir=tmp_path / "other", stage="decode")
     with pytest.raises(ValueError, match="has an adapter 'prefill', which the model lacks"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_resumed_training_is_the_uninterrupted_one_on_an_accelerator(
+    tiny_model, make_trainer, accelerator, tmp_path, losses, bf16
+):
+    options = {"use_cpu": False, "bf16": bf16, "local_distillation_tokens": 384, "save_strategy": "steps"}
+    options |= {"max_steps": 4, "save_steps": 2}
+    whole = make_trainer(tiny_model("llama"), output_dir=tmp_path / "whole", **options)
+    whole.train()
+    resumed = make_trainer(tiny_model("llama"), output_dir=tmp_path / "resumed", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert {p.device for p in resumed.model.parameters()} == {accelerator}
+    # Backward passes add up in any order there.
+    assert losses(resumed)[-2:] == pytest.approx(losses(whole)[-2:], rel=1e-2 if bf16 else 1e-4)
