@@ -177,7 +177,8 @@ class GapRegression:
             output = self._run((gap.number,), ids, hidden)
         features = inputs[0].view(*hidden.shape[:-1], -1)
         added = added[0].view_as(output)
-        return output - added, added, torch.cat([features, *(other.features(normed[0]) for other in others)], dim=-1)
+        rest = output.float() - added.float()
+        return rest, added, torch.cat([features, *(other.features(normed[0]) for other in others)], dim=-1)
 
     def _problem(
         self, gap: "_Gap", chosen: torch.LongTensor | None = None, batches: int | None = None
@@ -227,7 +228,10 @@ class GapRegression:
         added = torch.full_like(plain, 0.1 * plain.float().std().item())
         with _outputs_plus(layer, added):
             changed = self._run((block,), ids, few)
-        return torch.allclose(changed - plain, added, rtol=1e-2, atol=1e-2 * added.abs().max().item())
+        wrong = (changed.float() - plain.float() - added.float()).abs()
+        # By so much sums are rounded where the dtype is narrow.
+        rounding = sum(states.float().abs() for states in (plain, changed, few) if states is not None)
+        return bool((wrong <= 0.02 * added.float().abs() + torch.finfo(plain.dtype).eps * rounding).all())
 
     def _few(self, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.input_ids[0][:1, :8], None if hidden is None else hidden[:1, :8]

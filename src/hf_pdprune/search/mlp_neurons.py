@@ -93,9 +93,10 @@ class MLPNeurons:
         By what the other block's normed hidden states are to be multiplied to be this one's, shape `(hidden_size,)`;
         `None` if norms differ in more than a factor per feature.
         """
-        own, others = self.norm(hidden_states).flatten(0, -2), other.norm(hidden_states).flatten(0, -2)
+        own, others = (norm(hidden_states).flatten(0, -2).float() for norm in (self.norm, other.norm))
         scale = (own * others).sum(0) / others.pow(2).sum(0)
-        return scale if torch.allclose(others * scale, own, rtol=1e-3, atol=1e-4) else None
+        rounding = 2 * torch.finfo(hidden_states.dtype).eps  # of both norms' outputs
+        return scale if torch.allclose(others * scale, own, rtol=max(1e-3, rounding), atol=1e-4) else None
 
     def _features(self, normed: torch.Tensor) -> torch.Tensor:
         with _called_with(self.output_layer) as features:
