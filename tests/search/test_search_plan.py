@@ -243,8 +243,6 @@ def test_a_folder_with_another_search_is_refused(setup, calibration, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"strategy": "greedy"},
-        {"strategy": "annealing"},
         {"strategy": "annealing", "token_choice": "attention"},
         {"strategy": "annealing", "merge_pairs": True, "merge_rank": 8, "merge_tokens": 256},
     ],
