@@ -6,15 +6,19 @@ not made again. A fit in closed form that several variants start from is made on
 
     python dev/training_table.py --model <folder> --plan outputs/demo --output_dir outputs/training_table \\
         --train <sources, separated by commas> --validation <source> ...
+
+Others than those below: `--more variants.json`, options by name.
 """
 
 import argparse
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +43,6 @@ COMMON = {
     "logging_steps": 10,
     "save_strategy": "no",
     "report_to": "none",
-    "use_cpu": True,
     "bf16": False,
     "seed": 0,
 }
@@ -72,39 +75,50 @@ VARIANTS = {
 
 
 class TableTrainer(PDPruneTrainer):
-    """Takes the fit in closed form that an earlier variant has made from the same text for the same blocks."""
+    """Takes the fit in closed form that an earlier variant has made from as much text for the same blocks."""
 
     def _distil_locally(self, is_resumed):
-        plan = self.removal.plan_of_round(1)
-        fit = Path(self.args.output_dir).parent / f"fit-{plan.digest[:16]}-{self.args.stage}.safetensors"
+        plan, args = self.removal.plan_of_round(1), self.args
+        own = f"{plan.digest[:16]}-{args.stage}-{args.local_distillation_tokens}-{args.local_distillation_rank}"
+        fit = Path(args.output_dir).parent / f"fit-{own}-{args.max_length}.safetensors"
         adapters = {name: value.data for name, value in self.model.named_parameters() if "lora_" in name}
         is_kept = fit.is_file() and self.args.local_distillation_tokens > 0
         if is_kept:
             kept = load_file(fit)
-            assert kept.keys() == adapters.keys()
+            # Adapters of another rank are the same but where they were fitted.
             for name, value in adapters.items():
-                value.copy_(kept[name])
+                if kept[name].shape == value.shape:
+                    value.copy_(kept[name])
         super()._distil_locally(is_resumed or is_kept)
-        if self.args.local_distillation_tokens and not is_kept:
+        if args.local_distillation_tokens and not is_kept:
             save_file({name: value.clone() for name, value in adapters.items()}, fit)
 
 
 def held_out(tokenizer, sources, examples):
     """Batches of each source, the same number of examples."""
-    collator, batches = PromptCompletionCollator(tokenizer.pad_token_id), []
+    collator, batches = PromptCompletionCollator(tokenizer.pad_token_id), {}
     for source in sources:
         rows = tokenize_examples(load_text(source, "validation"), tokenizer, 320, 64, examples)
-        batches += [collator(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)]
+        name = Path(source).name.split(".")[0]
+        batches[name] = [collator(rows[begin : begin + 4]) for begin in range(0, len(rows), 4)]
     return batches
 
 
 def measure(model, prefill, decode, batches):
-    """KL and the like, with what the plan hands over and with all tokens."""
-    by_plan, all_tokens = compare_hand_overs(model, {"pair": (prefill, decode)}, batches)
-    names = ("kl", "perplexity", "top1_agreement")
-    return {name: by_plan["pair"][name] for name in names} | {
-        f"all_tokens_{name}": all_tokens["pair"][name] for name in names
+    """KL and the like, with what the plan hands over and with all tokens; KL of each source by itself, too."""
+    parts = {
+        source: [quality["pair"] for quality in compare_hand_overs(model, {"pair": (prefill, decode)}, own)]
+        for source, own in batches.items()
     }
+    result = {}
+    for place, prefix in enumerate(("", "all_tokens_")):
+        own = [part[place] for part in parts.values()]
+        tokens = sum(part["tokens"] for part in own)
+        for name in ("kl", "top1_agreement"):
+            result[prefix + name] = sum(part[name] * part["tokens"] for part in own) / tokens
+        nll = sum(math.log(part["perplexity"]) * part["tokens"] for part in own) / tokens
+        result[prefix + "perplexity"] = math.exp(nll)
+    return result | {"kl_of_source": {source: part[0]["kl"] for source, part in parts.items()}}
 
 
 def main(args):
@@ -114,17 +128,23 @@ def main(args):
     plan, tokenizer = PruningPlan.from_pretrained(args.plan), AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     batches, train_dataset = held_out(tokenizer, args.validation, args.examples), load_text(args.train, "train")
-    for name in args.variants or VARIANTS:
+    variants = VARIANTS if args.more is None else VARIANTS | json.loads(Path(args.more).read_text())
+    if unknown := set(args.variants or ()) - variants.keys():
+        raise SystemExit(f"error: no variant {min(unknown)!r}")
+    for name in args.variants or variants:
         if any(row["variant"] == name for row in rows):
             continue
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        model.to(PartialState().device).eval()
         begun, tokens = time.perf_counter(), 0
-        options = COMMON | VARIANTS[name]
+        options = COMMON | variants[name]
         own = replace(plan, decode=plan.prefill) if options.pop("same_blocks", False) else plan
         if options["max_steps"] == 0:
             result = measure(model, PrefillStage(model, own), DecodeStage(model, own), batches)
         else:
-            tokens = options["local_distillation_tokens"] + options["max_steps"] * STEP_TOKENS
+            rows_of_step = options["per_device_train_batch_size"] * options.get("gradient_accumulation_steps", 1)
+            tokens = options["local_distillation_tokens"]
+            tokens += options["max_steps"] * rows_of_step * options["max_length"]
             trainer = TableTrainer(
                 model,
                 own,
@@ -144,7 +164,7 @@ def main(args):
     print("|---|---|---|---|---|---|---|")
     kl = {row["variant"]: row["kl"] for row in rows}
     for row in rows:
-        same_blocks = VARIANTS[row["variant"]].get("same_blocks", False)
+        same_blocks = variants.get(row["variant"], {}).get("same_blocks", False)
         unhealed = kl.get("unhealed, prefill's blocks out of both" if same_blocks else "unhealed", float("nan"))
         print(
             f"| {row['variant']} | {row['tokens']:,} | {row['kl']:.4f} | {row['kl'] / unhealed:.0%} | "
@@ -160,5 +180,6 @@ if __name__ == "__main__":
     parser.add_argument("--train", default="pydoc-topics,pydoc-docstrings", help="text that is learnt from")
     parser.add_argument("--validation", nargs="+", default=["pydoc-topics"], help="held-out texts")
     parser.add_argument("--examples", type=int, default=8, help="examples of each held-out text")
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, help="only these")
+    parser.add_argument("--variants", nargs="*", help="only these")
+    parser.add_argument("--more", help="JSON file with more variants")
     main(parser.parse_args())

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
@@ -185,8 +186,9 @@ class TokenChoices:
 
     def scores(self, example: Example) -> dict[str, dict[str, float]]:
         """See [`score`]."""
-        completions = [torch.tensor([completion]) for completion in example.completions]
-        return score(example, self.logits(torch.tensor([example.prompt]), completions))
+        device = self.model.device
+        completions = [torch.tensor([completion], device=device) for completion in example.completions]
+        return score(example, self.logits(torch.tensor([example.prompt], device=device), completions))
 
     @torch.no_grad()
     def logits(self, prompt: torch.LongTensor, completions: list[torch.LongTensor]) -> dict[str, list[torch.Tensor]]:
@@ -310,7 +312,7 @@ def score(example: Example, logits: dict[str, list[torch.Tensor]]) -> dict[str, 
     """KL to the dense model and top-1 agreement per token of the right completion, and whether the answer is right."""
     scores = {}
     dense = logits["dense"][example.answer][0].log_softmax(dim=-1)
-    targets = [torch.tensor(completion) for completion in example.completions]
+    targets = [torch.tensor(completion, device=dense.device) for completion in example.completions]
     for name, all_logits in logits.items():
         log_probs = [of_one[0].log_softmax(dim=-1) for of_one in all_logits]
         right = log_probs[example.answer]
@@ -333,7 +335,8 @@ def main(args: TokenChoiceArguments) -> None:
     rows = load_text(args.text, split="validation")
     args.check_overlap(evaluated_texts(args, rows), folders=[args.plan])
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32", use_safetensors=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32", use_safetensors=True)
+    model.to(PartialState().device).eval()
     choices = TokenChoices(model, plan, args)
     stream = [
         token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
