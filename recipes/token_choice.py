@@ -243,7 +243,7 @@ class TokenChoices:
             elif name.startswith("SnapKV"):
                 columns = observed(attention.recent[block], window.kept_tokens, attention.recent_queries)
             else:
-                columns = window.columns.expand(*payload.entries[block][0].shape[:2], -1)
+                columns = window.columns.to(self.model.device).expand(*payload.entries[block][0].shape[:2], -1)
             entries[block] = tuple(select_per_head(states, columns) for states in payload.entries[block])
         return entries
 

@@ -44,5 +44,7 @@ def test_a_cache_that_was_there_before_counts(tiny_llama, device):
     with PeakMemory(model, caches[0]) as peak:
         model(prompt[:, :1], past_key_values=caches[0])
     layer = 2 * 2 * 16 * 4 * tokens  # keys and values, 2 heads of 16 numbers, float32
-    # A layer's new keys and values are there beside the old ones, one layer after the other.
-    assert peak.weights + 6 * layer < peak.nbytes < peak.weights + 8 * layer
+    # A layer's new keys and values are there beside the old ones, one layer after the other. An accelerator's kernels
+    # need room of their own.
+    at_most = 8 if device.type == "cpu" else 10
+    assert peak.weights + 6 * layer < peak.nbytes < peak.weights + at_most * layer

@@ -91,7 +91,7 @@ def test_an_accelerator_trains_in_it_about_as_in_float32_and_as_the_cpu(
     tiny_model, make_trainer, accelerator, tmp_path, losses
 ):
     runs = {}
-    for name, options in {"cpu": {"use_cpu": True}, "float32": {}, "bfloat16": {"bf16": True}}.items():
+    for name, options in {"cpu": {"use_cpu": True}, "float32": {"bf16": False}, "bfloat16": {"bf16": True}}.items():
         options = {"use_cpu": False, "max_steps": 5, "local_distillation_tokens": 384} | options
         trainer = make_trainer(tiny_model("llama"), output_dir=tmp_path / name, **options)
         trainer.train()

@@ -372,7 +372,7 @@ def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, make_trai
 def test_stages_that_an_accelerator_trained_are_loaded_on_the_cpu(
     tiny_llama, make_trainer, accelerator, rows, tmp_path, local_distillation_tokens
 ):
-    options = {"use_cpu": False, "local_distillation_tokens": local_distillation_tokens}
+    options = {"use_cpu": False, "bf16": False, "local_distillation_tokens": local_distillation_tokens}
     trainer = make_trainer(tiny_llama, output_dir=tmp_path / "run", **options)
     assert trainer.args.device == accelerator
     trainer.train()

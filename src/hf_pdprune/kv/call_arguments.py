@@ -1,6 +1,8 @@
 """CallArguments: reads and replaces an argument of a module's forward by name, however it was passed."""
 
 import inspect
+from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -13,7 +15,8 @@ class CallArguments:
     """
 
     def __init__(self, module: nn.Module):
-        self.index = {name: index for index, name in enumerate(inspect.signature(module.forward).parameters)}
+        function = getattr(module.forward, "__func__", None)
+        self.index = _positions(module.forward) if function is None else _positions_without_self(function)
 
     def get(self, name: str, args: tuple, kwargs: dict) -> Any:
         """The argument's value, `None` if it is not there."""
@@ -32,3 +35,13 @@ class CallArguments:
     def by_name(self, args: tuple, kwargs: dict) -> dict[str, Any]:
         """All arguments by name."""
         return {**dict(zip(self.index, args, strict=False)), **kwargs}
+
+
+def _positions(function: Callable) -> dict[str, int]:
+    return {name: index for index, name in enumerate(inspect.signature(function).parameters)}
+
+
+# A model's blocks share one forward, and a cache is made for every prompt.
+@lru_cache(maxsize=64)
+def _positions_without_self(method: Callable) -> dict[str, int]:
+    return {name: index - 1 for name, index in _positions(method).items() if index}
