@@ -109,6 +109,28 @@ def test_dense_steps_run_every_block_also_where_the_stage_is_a_view_of_the_dense
     assert ran == {DynamicCache: {6}, TokenAwareCache: {4}}
 
 
+def test_on_an_accelerator_every_length_has_been_met_before_a_step_is_timed(tiny_llama, plan, monkeypatch):
+    lengths = {DynamicCache: [], TokenAwareCache: []}
+    step = SpeedBenchmark._step
+
+    def watched(self, model, cache, tokens, mask):
+        lengths[type(cache)].append((cache.get_seq_length(), mask.shape[1], int(tokens)))
+        return step(self, model, cache, tokens, mask)
+
+    monkeypatch.setattr(SpeedBenchmark, "_step", watched)
+    monkeypatch.setattr(SpeedBenchmark, "_meets_lengths_first", True)
+    config = small(prompt_tokens=[20], batch_sizes=[1])
+    (case,) = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), config).run()[
+        "cases"
+    ]
+    for met in lengths.values():
+        first, second = met[: len(met) // 2], met[len(met) // 2 :]
+        assert first == second  # the same tokens on the same caches
+        assert [before for before, _, _ in first] == list(range(20, 20 + len(first)))
+    held = case["kv"]["bytes_held"]
+    assert held == {"dense": case["kv"]["bytes_dense"], "pruned": case["kv"]["bytes_kv"]}
+
+
 def test_nothing_removed_has_no_saved_over_share(tiny_llama):
     plan = PruningPlan.empty(tiny_llama)
     result = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()
