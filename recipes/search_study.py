@@ -28,6 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
+from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import (
     BlockStatistics,
@@ -64,7 +66,7 @@ PLACE = ("validation", "validation_source", "validation_examples")
 
 
 @dataclass
-class StudyArguments:
+class StudyArguments(OverlapConfig):
     """What is compared, and on which text."""
 
     model_name_or_path: str = field(metadata={"help": "The dense model: repo id or folder."})
@@ -99,12 +101,11 @@ class Text:
 
     def __init__(self, args: StudyArguments, model: PreTrainedModel, tokenizer: Any, named: str, examples: int):
         self.name, source = split_name(named)
-        source, _, split = source.partition(":")
         try:
             self.calibration = Calibration.from_rows(
                 model,
                 tokenizer,
-                load_text(source, split or "train"),
+                load_text(*source_and_split(source)),
                 args.prompt_tokens,
                 args.completion_tokens,
                 examples,
@@ -134,9 +135,15 @@ class Study:
         self.folder = Path(args.output_dir)
         self.path = self.folder / "results.json"
         self.rows: list[dict[str, Any]] = read_json(self.path) if self.path.is_file() else []
-        places = [named.partition(":") for named in args.merge_text]
         # Read at once: what is wrong with it should not be found out after hours.
-        self.merge_text = [load_text(source, split or "train") for source, _, split in places]
+        self.merge_text = [load_text(*source_and_split(source)) for source in args.merge_text]
+        seen = [split_name(named)[1] for named in args.calibration]
+        seen += args.merge_text if "annealing+merges" in args.strategies else []
+        validation = map(split_name, args.validation)
+        args.check_overlap(
+            ((name, map(shown_text, load_text(*source_and_split(source)))) for name, source in validation),
+            sources=[(*source_and_split(source), None) for source in seen],
+        )
         self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
         self.model = AutoModelForCausalLM.from_pretrained(
             args.model_name_or_path, dtype=torch.float32, use_safetensors=True
@@ -291,6 +298,12 @@ def split_name(named: str) -> tuple[str, str]:
     if not source:
         raise ValueError(f"{named!r} is not name=source")
     return name, source
+
+
+def source_and_split(source: str) -> tuple[str, str]:
+    """Of `source[:split]`."""
+    name, _, split = source.partition(":")
+    return name, split or "train"
 
 
 def is_of(row: dict[str, Any], names: dict[str, Any]) -> bool:

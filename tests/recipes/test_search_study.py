@@ -21,8 +21,8 @@ def study(load_recipe):
 def options(tiny_model, tiny_tokenizer, tmp_path):
     tiny_model("llama", num_hidden_layers=5).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    for name, step in (("first", 1), ("second", 3)):
-        rows = [{"text": " ".join(WORDS[(i * j * step) % len(WORDS)] for j in range(1, 30))} for i in range(1, 20)]
+    for name, words in (("first", WORDS), ("second", WORDS[::-1])):
+        rows = [{"text": " ".join(words[(i * j) % len(words)] for j in range(1, 30))} for i in range(1, 20)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     pairs = [{"prompt": row["text"], "completion": " yes"} for row in rows]
     (tmp_path / "third.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
@@ -40,6 +40,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "merge_rank": 4,
         "merge_text": [str(tmp_path / "second.jsonl"), str(tmp_path / "third.jsonl")],
         "merge_tokens": 300,
+        "allow_overlap": True,
     }
 
 
@@ -130,6 +131,25 @@ def test_what_is_found_on_one_text_is_measured_on_the_others(study, options):
     table = (Path(options["output_dir"]) / "table.md").read_text()
     assert " | KL, first | KL, first, calibration | KL, second, calibration | " in table.splitlines()[0]
     assert rows_of(study, options, calibration=texts, validation=texts[:1], validation_examples=[8]) == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"validation": ["text={}/first.jsonl"]}, "text: 19 of the evaluation rows"),
+        ({"validation": ["text={}/second.jsonl"]}, "text: 19 of the evaluation rows"),
+    ],
+)
+def test_text_that_was_searched_or_distilled_on_is_not_validated_on(study, options, tmp_path, change, message):
+    change = {key: [entry.format(tmp_path) for entry in value] for key, value in change.items()}
+    args = study.StudyArguments(**options | {"validation_examples": [4], "allow_overlap": False} | change)
+    with pytest.raises(ValueError, match=message):
+        study.Study(args)
+
+
+def test_text_for_pairs_may_be_validated_on_where_none_are_distilled(study, options):
+    own = {"validation": options["validation"][1:], "validation_examples": [4], "strategies": ["one_shot"]}
+    assert rows_of(study, options, **own, allow_overlap=False)
 
 
 @pytest.mark.parametrize(
