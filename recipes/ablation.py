@@ -4,9 +4,10 @@ What each part of a plan costs and brings, and how it compares with the field's 
     accelerate launch recipes/ablation.py --config recipes/smollm2-135m/ablation.yaml --plan outputs/demo
 
 Sections: `parts` (blocks only, cache only, both), `healing` (pairs given by --healed), `strategies` (ShortGPT, SLEB,
-the end group, contiguous, random, and a unified plan of the same cost), `windows`, `draft` (the pruned decode stage as
-draft of the dense model). Every result is a line of ablation.jsonl as soon as it is known: the same command goes on
-with what is missing. Writes ablation.md; the last line on stdout is JSON.
+the end group, contiguous, random, and a unified plan of the same cost), `windows`, `caches` (which prompt tokens
+cross, at equal bytes), `quantization`, `draft` (the pruned decode stage as draft of the dense model). Every result is
+a line of ablation.jsonl as soon as it is known: the same command goes on with what is missing. Writes ablation.md; the
+last line on stdout is JSON.
 
 Several processes share searches and the requests of tasks; quality on text and drafts are measured by the main one
 alone, and the others wait. A task whose data are not in --data_folder is named and left out.
@@ -45,6 +46,7 @@ from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import build_stage, load_stages
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
+from hf_pdprune.kv import QUANTIZATIONS
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
 
 
@@ -251,12 +253,19 @@ class Study:
         found = self.rows.get_or_make(settings, search)
         return PruningPlan.from_dict(found["plan"]), found["cost"]
 
-    def measure(self, section: str, name: str, plan: PruningPlan, pair: Callable[[], Pair], **more: Any) -> None:
+    def measure(
+        self,
+        section: str,
+        name: str,
+        plan: PruningPlan,
+        pair: Callable[[], Pair],
+        is_quantized: bool = False,
+        **more: Any,
+    ) -> None:
         """
         One row: quality on text, results of tasks, and what the plan saves. Only the main process, which writes it,
         has all of it.
         """
-        args = self.args
         settings = {"section": section, "variant": name, "plan": plan.digest, **self.measured_by}
 
         def make() -> dict[str, Any]:
@@ -264,14 +273,24 @@ class Study:
             result = {
                 "prefill": list(plan.prefill.skipped_blocks),
                 "decode": list(plan.decode.missing_blocks),
-                "kv_reduction": plan.kv_reduction(args.text_prompt_tokens)["total"],
+                "kv_reduction": plan.kv_reduction(self.args.text_prompt_tokens)["total"],
                 **more,
             }
+            if is_quantized:
+                result["kv_reduction"] = self.bytes_reduction(prefill)
             if self.state.is_main_process:
                 result["quality"] = evaluate_quality(prefill, decode, self.dense, self.batches)
             return result | self.task_results(prefill, decode)
 
         self.rows.get_or_make(settings, make)
+
+    def bytes_reduction(self, prefill: PrefillStage) -> float:
+        """How many times fewer bytes, and not only entries, cross for a prompt as long as those of the text."""
+        shape = (1, self.args.text_prompt_tokens)
+        prompt = torch.zeros(shape, dtype=torch.long, device=self.dense.device)  # whatever the tokens are
+        with torch.no_grad():
+            payload = prefill.forward(prompt, torch.ones_like(prompt))
+        return payload.nbytes_dense / payload.nbytes_kv
 
     def task_results(self, prefill: PrefillStage, decode: DecodeStage) -> dict[str, Any]:
         """
@@ -339,6 +358,17 @@ class Study:
         sizes = [tuple(map(int, entry.split("+"))) for entry in self.args.windows]
         for name, plan in self.variants.windows(sizes):
             self.measure("windows", name, plan, lambda plan=plan: self.view(plan))
+
+    def caches(self) -> None:
+        for name, plan in self.variants.caches(self.args.text_prompt_tokens):
+            self.measure("caches", name, plan, lambda plan=plan: self.view(plan))
+
+    def quantization(self) -> None:
+        prefill, decode = self.view(self.plan)
+        self.measure("quantization", PLAN, self.plan, lambda: (prefill, decode))
+        for kind in QUANTIZATIONS:
+            pair = prefill.quantized(kind), decode
+            self.measure("quantization", f"{PLAN}, {kind}", self.plan, lambda pair=pair: pair, is_quantized=True)
 
     def draft(self) -> None:
         if not self.state.is_main_process:

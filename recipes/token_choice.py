@@ -30,6 +30,7 @@ from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
+from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
@@ -153,7 +154,6 @@ class TokenChoices:
 
     def __init__(self, model: PreTrainedModel, plan: PruningPlan, args: TokenChoiceArguments):
         self.model, self.plan, self.args = model, plan, args
-        self.blocks = plan.kept_blocks("decode")
         self.kv_heads = model.config.get_text_config().num_key_value_heads
         self.fingerprint = model_fingerprint(model)
         self.settings = {  # what the scores of an example depend on
@@ -164,25 +164,11 @@ class TokenChoices:
             "quantizations": args.quantizations,
         }
 
-    def kv_plans(self, tokens: int) -> dict[str, KVPlan]:
+    def plans(self, tokens: int) -> dict[str, PruningPlan]:
         """What each choice hands over of a prompt of `tokens` tokens. All but the first have equal bytes."""
-        kv = self.plan.kv
-        budget = sum(self.plan.kept_prompt_tokens(block, tokens) for block in self.blocks) // len(self.blocks)
-        rng = random.Random(self.args.seed)
-        random_blocks = rng.sample(self.blocks, len(kv.token_aware_blocks))
-        every = KVPlan(self.blocks, min(kv.first_tokens, budget - 1), budget - min(kv.first_tokens, budget - 1))
-        ends = replace(kv, token_choice="first_last")
-        return {
-            "all tokens": kv.with_windows({}),
-            "attention, our blocks": replace(kv, token_choice="attention"),
-            "first + last, our blocks": ends,
-            "first + last, all blocks": every,
-            "first + last, random blocks": ends.with_windows(
-                dict(zip(random_blocks, ends.windows.values(), strict=True))
-            ),
-            "H2O, all blocks": every,
-            "SnapKV, all blocks": every,
-        }
+        plans = dict(AblationVariants(self.plan).caches(tokens, self.args.seed))
+        every = plans["first + last, all blocks"]
+        return plans | {"H2O, all blocks": every, "SnapKV, all blocks": every}
 
     def scores(self, example: Example) -> dict[str, dict[str, float]]:
         """See [`score`]."""
@@ -207,8 +193,7 @@ class TokenChoices:
 
     def _payloads(self, prompt: torch.LongTensor) -> dict[str, tuple[PruningPlan, KVPayload]]:
         """Each choice's plan and payload; of the plan's own choice and of all tokens quantised ones, too."""
-        kv_plans, mask = self.kv_plans(prompt.shape[1]), torch.ones_like(prompt)
-        plans = {name: replace(self.plan, kv=kv) for name, kv in kv_plans.items()}
+        plans, mask = self.plans(prompt.shape[1]), torch.ones_like(prompt)
         attention, payloads = PromptAttention(), {}
         with attention.recording(self.model, self.kv_heads):
             everything = self._prefill(plans["all tokens"]).forward(prompt, mask)
@@ -219,7 +204,7 @@ class TokenChoices:
                 entries = self._selected(name, plan.kv, everything, attention)
                 payload = replace(everything, entries=entries, plan_digest=plan.digest)
             payloads[name] = plan, payload
-        ours = next(name for name in plans if name.endswith("our blocks") and kv_plans[name] == self.plan.kv)
+        ours = next(name for name in plans if name.endswith("our blocks") and plans[name] == self.plan)
         for kind in self.args.quantizations:
             for title, name in (("all tokens", "all tokens"), ("the plan", ours)):
                 plan, payload = payloads[name]

@@ -41,6 +41,22 @@ def test_windows_keep_the_blocks():
     assert {plan.kv.token_aware_blocks for plan in windows.values()} == {(0, 1, 2, 6)}
 
 
+def test_caches_hand_over_equal_bytes():
+    caches = dict(AblationVariants(PLAN).caches(100, seed=1))
+    assert {(plan.prefill, plan.decode) for plan in caches.values()} == {(PLAN.prefill, PLAN.decode)}
+    assert caches["first + last, our blocks"] == PLAN
+    tokens = {
+        name: sum(plan.kept_prompt_tokens(block, 100) for block in plan.kept_blocks("decode"))
+        for name, plan in caches.items()
+    }
+    assert tokens.pop("all tokens") == 5 * 100
+    every = tokens.pop("first + last, all blocks")  # a token per block at most is lost to rounding
+    assert set(tokens.values()) == {4 * 16 + 100} and tokens.popitem()[1] - 5 < every <= 4 * 16 + 100
+    drawn = [dict(AblationVariants(PLAN).caches(100, seed))["first + last, random blocks"] for seed in range(4)]
+    assert len({plan.kv.token_aware_blocks for plan in drawn}) > 1
+    assert caches["attention, our blocks"].kv.token_choice == "attention"
+
+
 @pytest.mark.parametrize("removed", [(), (0, 1), (0, 2, 6, 9)])
 def test_other_blocks_with_as_many_token_aware_ones(removed):
     other = PruningPlan("tiny", "llama", 10, decode=StagePlan(removed))

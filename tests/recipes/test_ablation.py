@@ -41,7 +41,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "plan": tmp_path / "pair",
         "output_dir": tmp_path / "ablation",
         "dense": tmp_path / "dense",
-        "sections": ["parts", "healing", "strategies", "windows", "draft"],
+        "sections": ["parts", "healing", "strategies", "windows", "caches", "quantization", "draft"],
         "healed": [f"exported={tmp_path / 'pair'}"],
         "strategies": ["one_shot", "random", "unified"],
         "random_seeds": 2,
@@ -87,6 +87,13 @@ def test_every_section_once(recipe, options, capsys, monkeypatch):
     assert len(by_name["strategies", "unified"]["prefill"]) == len(by_name["strategies", "unified"]["decode"]) == 2
     assert by_name["strategies", "unified"]["search_cost"] > by_name["strategies", "one_shot"]["search_cost"]
     assert ("strategies", "random, seed 1") in kl and ("windows", "window 4 + 4") in kl
+    assert (
+        kl["caches", "first + last, our blocks"] == kl["quantization", "the plan"] == kl["parts", "blocks and cache"]
+    )
+    assert kl["caches", "all tokens"] == pytest.approx(kl["parts", "blocks only"], rel=1e-4)
+    fewer = {kind: by_name["quantization", f"the plan{kind}"]["kv_reduction"] for kind in ("", ", int8", ", int4")}
+    assert 1 < fewer[""] < fewer[", int8"] < fewer[", int4"]
+    assert kl["quantization", "the plan, int8"] != kl["quantization", "the plan"]
     assert by_name["draft", "decode stage, unhealed"]["tokens_per_forward"] >= 1
     *_, last = capsys.readouterr().out.splitlines()
     assert json.loads(last)["kl"]["cache only"] == pytest.approx(kl["parts", "cache only"], abs=1e-4)

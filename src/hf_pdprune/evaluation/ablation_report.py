@@ -24,6 +24,12 @@ SECTIONS = {
         "all as the stage-wise plan. Cost is the search's, in dense forwards over the calibration set.",
     ),
     "windows": ("Window of the token-aware blocks", "First and last prompt tokens that the same blocks hand over."),
+    "caches": (
+        "Which prompt tokens decode receives",
+        "The plan's token-aware blocks and other choices, all but the first row at equal bytes. Nothing is healed. "
+        "For H2O and SnapKV in all blocks see recipes/token_choice.py.",
+    ),
+    "quantization": ("Quantised payload", "The plan, and what it hands over in fewer bits. Nothing is healed."),
     "draft": (
         "Pruned decode stage as draft of the dense model",
         "Greedy assisted decoding as transformers has it. The text is the dense model's; what is saved are its "

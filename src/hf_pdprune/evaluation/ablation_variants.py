@@ -1,5 +1,6 @@
 """AblationVariants: the plans that a study puts beside a stage-wise plan, each differing from it in one thing."""
 
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -44,6 +45,28 @@ class AblationVariants:
         for first, last in sizes:
             kv = replace(self.plan.kv, first_tokens=first, last_tokens=last, block_windows=())
             yield f"window {first} + {last}", replace(self.plan, kv=kv)
+
+    def caches(self, prompt_tokens: int, seed: int = 0) -> Iterator[tuple[str, PruningPlan]]:
+        """
+        All prompt tokens; and at equal bytes the plan's token-aware blocks with the tokens chosen by attention and
+        with the first and last ones, the first and last tokens in all blocks (StreamingLLM), and in as many random
+        blocks.
+
+        Args:
+            prompt_tokens (`int`): For prompts of so many tokens bytes are equal.
+            seed (`int`, defaults to 0): Of the random blocks.
+        """
+        plan, kv, blocks = self.plan, self.plan.kv, self.plan.kept_blocks("decode")
+        budget = sum(plan.kept_prompt_tokens(block, prompt_tokens) for block in blocks) // len(blocks)
+        first_tokens = min(kv.first_tokens, budget - 1)
+        ends = replace(kv, token_choice="first_last")
+        drawn = random.Random(seed).sample(blocks, len(kv.token_aware_blocks))
+        yield "all tokens", replace(plan, kv=self._no_window())
+        yield "attention, our blocks", replace(plan, kv=replace(kv, token_choice="attention"))
+        yield "first + last, our blocks", replace(plan, kv=ends)
+        yield "first + last, all blocks", replace(plan, kv=KVPlan(blocks, first_tokens, budget - first_tokens))
+        windows = dict(zip(drawn, ends.windows.values(), strict=True))
+        yield "first + last, random blocks", replace(plan, kv=ends.with_windows(windows))
 
     def with_blocks(self, other: PruningPlan) -> PruningPlan:
         """
