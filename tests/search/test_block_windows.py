@@ -13,6 +13,7 @@ from hf_pdprune.search.block_windows import BlockWindows, allocate
 
 def config(**options):
     values = {"first_tokens": 1, "last_tokens": 7, "kv_prompt_tokens": 40, "window_factors": [0.5, 1.0, 2.0]}
+    values |= {"token_choice": "first_last"}
     return SearchConfig(**values | options)
 
 

@@ -2,7 +2,6 @@ from dataclasses import fields
 
 import pytest
 
-from hf_pdprune.plan import KVPlan
 from hf_pdprune.search import SearchConfig
 
 
@@ -59,8 +58,18 @@ def test_every_option_is_documented():
         assert f"        {option.name} (" in SearchConfig.__doc__
 
 
-def test_tokens_are_chosen_as_by_the_plan_itself():
-    assert SearchConfig().token_choice == KVPlan().token_choice == "first_last"
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_prefill_blocks": 1, "num_decode_blocks": 1},
+        {"num_decode_blocks": 1},
+        {"target_ttft_speedup": 1.1},
+        {"target_tpot_speedup": 1.1},
+        {"max_kl": 1.0},
+    ],
+)
+def test_what_takes_blocks_away(options):
+    assert SearchConfig(num_token_aware_blocks=3).keeps_all_blocks and not SearchConfig(**options).keeps_all_blocks
 
 
 def test_windows_differ_from_block_to_block_where_bytes_are_asked_for():

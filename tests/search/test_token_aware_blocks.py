@@ -91,6 +91,24 @@ def test_baselines_choose_without_measuring_kl(tiny_llama, calibration, criterio
         assert max(shares[b] for b in chosen.kv.token_aware_blocks) <= sorted(shares)[2]
 
 
+@pytest.mark.parametrize(
+    ("options", "choice"),
+    [
+        ({}, "attention"),
+        ({"num_prefill_blocks": 1, "num_decode_blocks": 1}, "first_last"),
+        ({"max_kl": 1.0}, "first_last"),
+        ({"token_aware_criterion": "random"}, "first_last"),
+        ({"token_choice": "first_last"}, "first_last"),
+        ({"num_decode_blocks": 1, "token_choice": "attention"}, "attention"),
+    ],
+)
+def test_tokens_are_chosen_by_attention_where_no_block_goes(tiny_llama, calibration, options, choice):
+    config = SearchConfig(num_token_aware_blocks=3, first_tokens=1, last_tokens=4, **options)
+    objective = objective_of(tiny_llama, calibration)
+    plan = objective.dense_plan
+    assert TokenAwareBlocks(objective, config).choose(plan).kv.token_choice == choice
+
+
 def test_attention_that_cannot_be_observed_is_refused_before_anything_is_spent(tiny_llama, calibration, monkeypatch):
     objective = objective_of(tiny_llama, calibration)
     attention = type(tiny_llama.model.layers[0].self_attn)
@@ -100,5 +118,8 @@ def test_attention_that_cannot_be_observed_is_refused_before_anything_is_spent(t
 
     monkeypatch.setattr(attention, "forward", forward)
     TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="first_last"))
+    # Where nobody asks for it, it is done without.
+    default = TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3))
+    assert default.config.token_choice == "first_last"
     with pytest.raises(ValueError, match=r"LlamaAttention takes arguments .* \(rotations\).*first_last"):
         TokenAwareBlocks(objective, SearchConfig(num_token_aware_blocks=3, token_choice="attention"))

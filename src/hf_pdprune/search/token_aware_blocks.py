@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from accelerate import PartialState
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
@@ -42,10 +43,9 @@ class TokenAwareBlocks:
 
     def __init__(self, objective: Objective, config: SearchConfig):
         if config.token_choice == "attention":
-            for block in get_blocks(objective.model):
-                AttentionReplay(block)
+            _check_observable(objective.model)
         self.objective = objective
-        self.config = config
+        self.config = replace(config, token_choice=config.token_choice or _best_choice(objective.model, config))
 
     def choose(self, plan: PruningPlan) -> PruningPlan:
         """
@@ -246,3 +246,20 @@ class TokenAwareBlocks:
         name = "Greedy, token-aware blocks"
         disable = not PartialState().is_main_process
         return tqdm(total=total, desc=name, unit="block", miniters=0, mininterval=1.0, disable=disable)
+
+
+def _check_observable(model: nn.Module) -> None:
+    for block in get_blocks(model):
+        AttentionReplay(block)
+
+
+def _best_choice(model: nn.Module, config: SearchConfig) -> str:
+    """Which tokens to keep where nobody says: see [`SearchConfig`]."""
+    if not config.keeps_all_blocks or config.token_aware_criterion != "kl":
+        return "first_last"
+    try:
+        _check_observable(model)
+    except ValueError as error:
+        logger.info("token_choice is first_last: %s", error)
+        return "first_last"
+    return "attention"
