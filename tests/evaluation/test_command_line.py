@@ -35,10 +35,10 @@ def test_options_as_they_are_after_post_init_and_without_secrets_and_places():
     line = command_line("recipes/x.py", TrainingOptions("here", "hf_secret"), folders=("output_dir",))
     assert line == "accelerate launch recipes/x.py --output_dir <output_dir>"
     options = TrainingOptions(
-        "out", schedule=Schedule("cosine"), kwargs={"a": 1}, texts=["/my/a.jsonl", "b"], workers=2
+        "out", schedule=Schedule("cosine"), kwargs={"a": 1}, texts=["/my/a.jsonl", "b", "c=/my/c"], workers=2
     )
     line = command_line("recipes/x.py", options)
-    assert line.endswith("""--output_dir out --kwargs '{"a": 1}' --texts <texts> b --workers 2""")
+    assert line.endswith("""--output_dir out --kwargs '{"a": 1}' --texts <texts> b c=<texts> --workers 2""")
     options.schedule = "linear"
     assert "--schedule linear" in command_line("recipes/x.py", options)
 

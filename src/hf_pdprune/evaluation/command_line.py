@@ -53,8 +53,10 @@ def _is_required(option: dataclasses.Field) -> bool:
 
 
 def _word(name: str, value: Any) -> str:
-    if isinstance(value, str) and value.startswith(("/", "~")):  # a place on one machine as well
-        return f"<{name}>"
+    if isinstance(value, str):
+        called, is_named, place = value.rpartition("=")  # `name=folder`, or a folder alone
+        if place.startswith(("/", "~")):  # a place on one machine as well
+            return f"{called}{is_named}<{name}>"
     if isinstance(value, dict):
         return shlex.quote(json.dumps(value))
     return shlex.quote(str(value.value if isinstance(value, Enum) else value))
