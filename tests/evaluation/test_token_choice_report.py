@@ -1,7 +1,7 @@
 import pytest
 
 from hf_pdprune.evaluation.row_file import RowFile
-from hf_pdprune.evaluation.token_choice_report import choice_means, token_choice_lines
+from hf_pdprune.evaluation.token_choice_report import choice_means, choice_table, token_choice_lines
 
 
 def score(kl, agreement, correct):
@@ -26,6 +26,11 @@ def test_means_by_task_and_by_depth(rows):
     assert means["needle"]["H2O, all blocks"]["kl"] == pytest.approx(0.2)
     assert means["needle"]["H2O, all blocks"]["correct"] == pytest.approx(2 / 3)
     assert list(choice_means(rows[1:4], by_depth=True)) == ["needle, depth 0.1", "needle, depth 0.9"]
+
+
+def test_a_kl_that_was_rounded_to_less_than_nothing_is_none():
+    means = {"text": {"all tokens": {"kl": -7e-9, "top1_agreement": 1.0, "correct": 0.0}}}
+    assert "| all tokens | 0.000 / 100% |" in choice_table(means).to_markdown()
 
 
 def test_a_table_for_each_run(rows):

@@ -76,6 +76,7 @@ def choice_table(means: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Resu
         cells = []
         for task, by_name in means.items():
             second = by_name[name]["top1_agreement" if task == TEXT else "correct"]
-            cells.append(f"{by_name[name]['kl']:.3f} / {second:.0%}")
+            kl = max(by_name[name]["kl"], 0.0)  # of the same logits it may be rounded to less
+            cells.append(f"{kl:.3f} / {second:.0%}")
         table.rows.append([name, *cells])
     return table
