@@ -70,6 +70,8 @@ def test_every_option_is_documented():
 )
 def test_what_takes_blocks_away(options):
     assert SearchConfig(num_token_aware_blocks=3).keeps_all_blocks and not SearchConfig(**options).keeps_all_blocks
+    assert SearchConfig(**options).token_choice == "first_last"
+    assert SearchConfig(**options, token_choice="attention").token_choice == "attention"
 
 
 def test_windows_differ_from_block_to_block_where_bytes_are_asked_for():

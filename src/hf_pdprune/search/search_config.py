@@ -274,6 +274,8 @@ class SearchConfig:
             raise ValueError(f"window_factors must be positive numbers, got {self.window_factors}")
         if self.window_factors != [1.0] and self.token_aware_criterion != "kl":
             raise ValueError(f"window_factors need the token_aware_criterion kl, got {self.token_aware_criterion!r}")
+        if self.token_choice is None and not (self.keeps_all_blocks and self.token_aware_criterion == "kl"):
+            self.token_choice = "first_last"  # else the model says whether its attention can be observed
         if self.token_choice not in (None, *TOKEN_CHOICES):
             raise ValueError(f"token_choice must be one of {', '.join(TOKEN_CHOICES)}, got {self.token_choice!r}")
         if not -1 <= self.distillation_threshold <= 1:

@@ -45,7 +45,7 @@ class TokenAwareBlocks:
         if config.token_choice == "attention":
             _check_observable(objective.model)
         self.objective = objective
-        self.config = replace(config, token_choice=config.token_choice or _best_choice(objective.model, config))
+        self.config = replace(config, token_choice=config.token_choice or _best_choice(objective.model))
 
     def choose(self, plan: PruningPlan) -> PruningPlan:
         """
@@ -253,10 +253,8 @@ def _check_observable(model: nn.Module) -> None:
         AttentionReplay(block)
 
 
-def _best_choice(model: nn.Module, config: SearchConfig) -> str:
-    """Which tokens to keep where nobody says: see [`SearchConfig`]."""
-    if not config.keeps_all_blocks or config.token_aware_criterion != "kl":
-        return "first_last"
+def _best_choice(model: nn.Module) -> str:
+    """Which tokens to keep where nobody says, and all blocks stay."""
     try:
         _check_observable(model)
     except ValueError as error:
