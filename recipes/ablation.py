@@ -35,6 +35,7 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_exampl
 from hf_pdprune.evaluation import evaluate_quality
 from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_tables
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
+from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
@@ -253,15 +254,7 @@ class Study:
         found = self.rows.get_or_make(settings, search)
         return PruningPlan.from_dict(found["plan"]), found["cost"]
 
-    def measure(
-        self,
-        section: str,
-        name: str,
-        plan: PruningPlan,
-        pair: Callable[[], Pair],
-        is_quantized: bool = False,
-        **more: Any,
-    ) -> None:
+    def measure(self, section: str, name: str, plan: PruningPlan, pair: Callable[[], Pair], **more: Any) -> None:
         """
         One row: quality on text, results of tasks, and what the plan saves. Only the main process, which writes it,
         has all of it.
@@ -276,21 +269,14 @@ class Study:
                 "kv_reduction": plan.kv_reduction(self.args.text_prompt_tokens)["total"],
                 **more,
             }
-            if is_quantized:
-                result["kv_reduction"] = self.bytes_reduction(prefill)
+            if prefill.quantization is not None:  # fewer bytes, and not only entries
+                sent = kv_bytes_of_prompt(prefill, self.args.text_prompt_tokens)
+                result["kv_reduction"] = sent["bytes_dense"] / sent["bytes_kv"]
             if self.state.is_main_process:
                 result["quality"] = evaluate_quality(prefill, decode, self.dense, self.batches)
             return result | self.task_results(prefill, decode)
 
         self.rows.get_or_make(settings, make)
-
-    def bytes_reduction(self, prefill: PrefillStage) -> float:
-        """How many times fewer bytes, and not only entries, cross for a prompt as long as those of the text."""
-        shape = (1, self.args.text_prompt_tokens)
-        prompt = torch.zeros(shape, dtype=torch.long, device=self.dense.device)  # whatever the tokens are
-        with torch.no_grad():
-            payload = prefill.forward(prompt, torch.ones_like(prompt))
-        return payload.nbytes_dense / payload.nbytes_kv
 
     def task_results(self, prefill: PrefillStage, decode: DecodeStage) -> dict[str, Any]:
         """
@@ -368,7 +354,7 @@ class Study:
         self.measure("quantization", PLAN, self.plan, lambda: (prefill, decode))
         for kind in QUANTIZATIONS:
             pair = prefill.quantized(kind), decode
-            self.measure("quantization", f"{PLAN}, {kind}", self.plan, lambda pair=pair: pair, is_quantized=True)
+            self.measure("quantization", f"{PLAN}, {kind}", self.plan, lambda pair=pair: pair)
 
     def draft(self) -> None:
         if not self.state.is_main_process:

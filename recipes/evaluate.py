@@ -24,7 +24,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
@@ -33,7 +32,7 @@ from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
 from hf_pdprune.evaluation import compare_hand_overs, handing_over_all_tokens, write_report, write_results
-from hf_pdprune.evaluation.benchmark import kv_bytes
+from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
@@ -201,12 +200,9 @@ def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
     sent, sent_all = {}, {}
     context = getattr(dense.config.get_text_config(decoder=True), "max_position_embeddings", None)
     tokens = args.kv_prompt_tokens if context is None else min(args.kv_prompt_tokens, context - 1)
-    prompt = torch.zeros((1, tokens), dtype=torch.long, device=dense.device)  # bytes do not depend on the tokens
-    with torch.no_grad():
-        for name, (stage, _) in pairs.items():
-            for kept, own in ((sent, stage), (sent_all, handing_over_all_tokens(stage))):
-                payload = own.forward(prompt, torch.ones_like(prompt))
-                kept[name] = {"prompt_tokens": tokens, **kv_bytes(payload, own)}
+    for name, (stage, _) in pairs.items():
+        for kept, own in ((sent, stage), (sent_all, handing_over_all_tokens(stage))):
+            kept[name] = {"prompt_tokens": tokens, **kv_bytes_of_prompt(own, tokens)}
     return {
         "quality_of_stages": by_plan,
         "quality_of_stages_all_tokens": all_tokens,

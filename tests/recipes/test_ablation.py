@@ -132,7 +132,9 @@ def test_a_task_without_an_accuracy_can_stand_alone(recipe, options, tmp_path):
 def test_a_healed_pair_comes_beside_the_dense_model(recipe, options, monkeypatch):
     moved = []
     model = SimpleNamespace(to=moved.append)
-    monkeypatch.setattr(recipe, "load_stages", lambda *args, **kwargs: (SimpleNamespace(model=model),) * 2)
+    monkeypatch.setattr(
+        recipe, "load_stages", lambda *args, **kwargs: (SimpleNamespace(model=model, quantization=None),) * 2
+    )
     quality = {"perplexity": 2.0, "kl": 0.1, "kl_prefill": 0.1, "top1_agreement": 0.5}
     monkeypatch.setattr(recipe, "evaluate_quality", lambda *args: quality)
     monkeypatch.setattr(recipe, "draft_acceptance", lambda *args: {**DRAFT, "model": args[1] is model})

@@ -341,6 +341,13 @@ def kv_bytes(payload: KVPayload, prefill: PrefillStage) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def kv_bytes_of_prompt(prefill: PrefillStage, prompt_tokens: int) -> dict[str, Any]:
+    """[`kv_bytes`] of what a stage hands over of a prompt of so many tokens, whatever they are."""
+    prompt = torch.zeros((1, prompt_tokens), dtype=torch.long, device=prefill.model.device)
+    return kv_bytes(prefill.forward(prompt, torch.ones_like(prompt)), prefill)
+
+
 def synchronize(device: torch.device) -> None:
     """Waits until the accelerator has done what it was given; nothing to do for a CPU."""
     if device.type != "cpu":
