@@ -3,8 +3,9 @@ Several runs side by side, from their artefacts alone: no model is loaded.
 
     python recipes/compare.py --runs outputs/demo outputs/other study=outputs/ablation --output docs/results.md
 
-A run is a folder in which prune.py, evaluate.py, benchmark.py, handover.py, ablation.py or token_choice.py has left
-its results; name=folder calls it otherwise in the tables. Prints the table of runs; the last line on stdout is JSON.
+A run is a folder in which prune.py, evaluate.py, benchmark.py, handover.py, ablation.py, token_choice.py or
+search_study.py has left its results; name=folder calls it otherwise in the tables. Prints the table of runs; the last
+line on stdout is JSON.
 """
 
 import json

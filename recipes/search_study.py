@@ -1,6 +1,7 @@
 """
 Strategies against each other on the same objective: strategy x seed x calibration text, for several numbers of removed
-blocks (the same ones out of both stages), nothing healed. Writes results.json and table.md into `output_dir`.
+blocks (the same ones out of both stages), nothing healed. Writes search_study.json and table.md into `output_dir`;
+recipes/compare.py puts them into a report.
 
     python recipes/search_study.py --output_dir outputs/search_study --model_name_or_path <model> \\
         --calibration piqa+mmlu=piqa.calibration.jsonl,mmlu.calibration.jsonl \\
@@ -12,13 +13,10 @@ interrupted study goes on where it stopped, a finished row is not made again wit
 has measured another one does not measure again (its cost is counted as if it did, its minutes are not).
 """
 
-import json
-import statistics as stats
 import sys
 import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
+from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.results import record_command
+from hf_pdprune.evaluation.search_study_report import (
+    PLACE_KEYS,
+    SEARCH_KEYS,
+    SEARCH_STUDY_FILE_NAME,
+    search_study_table,
+)
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import (
@@ -51,18 +57,7 @@ from hf_pdprune.search.pareto_front import ParetoPoint
 SIMPLE = {"one_shot": one_shot, "random": random_blocks, "end_group": end_group, "contiguous": contiguous_group}
 STEPWISE = ("greedy", "annealing", "annealing+merges")
 SEEDED = ("random", "annealing", "annealing+merges")
-# What tells searches apart, but for their seeds.
-SEARCH = (
-    "strategy", "num_blocks", "calibration", "calibration_digest", "removable_blocks", "annealing_share",
-    "merge_source",
-)  # fmt: skip
-# Options that the table shows where they differ.
-SHOWN = (
-    "calibration_examples", "prompt_tokens", "completion_tokens", "batch_size", "annealing_share", "merge_tokens",
-    "merge_rank",
-)  # fmt: skip
-# On what a row measures what was found.
-PLACE = ("validation", "validation_source", "validation_examples")
+PLACES = ("model_name_or_path", "output_dir")
 
 
 @dataclass
@@ -133,7 +128,7 @@ class Study:
                 raise ValueError(f"two texts are called {next(n for n in names if names.count(n) > 1)!r}")
         self.args = args
         self.folder = Path(args.output_dir)
-        self.path = self.folder / "results.json"
+        self.path = self.folder / SEARCH_STUDY_FILE_NAME
         self.rows: list[dict[str, Any]] = read_json(self.path) if self.path.is_file() else []
         # Read at once: what is wrong with it should not be found out after hours.
         self.merge_text = [load_text(*source_and_split(source)) for source in args.merge_text]
@@ -172,7 +167,8 @@ class Study:
             self._measure_others(named)
         self._save()
         if PartialState().is_main_process:
-            print(table(self.rows))
+            record_command(self.folder, "search_study", command_line("recipes/search_study.py", args, folders=PLACES))
+            print(search_study_table(self.rows).to_text())
 
     def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
         args = self.args
@@ -193,7 +189,7 @@ class Study:
         }
         made = [row for row in self.rows if is_of(row, search)]
         if made:
-            search = {key: value for key, value in made[0].items() if key not in (*PLACE, "kl")}
+            search = {key: value for key, value in made[0].items() if key not in (*PLACE_KEYS, "kl")}
         else:
             search |= {key: getattr(args, key) for key in ("prompt_tokens", "completion_tokens", "batch_size")}
             search |= {key: getattr(args, key) if merges else None for key in ("merge_tokens", "merge_rank")}
@@ -202,7 +198,7 @@ class Study:
         for place, named in enumerate(args.validation):
             name, source = split_name(named)
             examples = args.validation_examples[place if len(args.validation_examples) > 1 else 0]
-            where = dict(zip(PLACE, (name, source, examples), strict=True))
+            where = dict(zip(PLACE_KEYS, (name, source, examples), strict=True))
             if self._is_missing(search, where):
                 if name not in self.validation:
                     self.validation[name] = Text(args, self.model, self.tokenizer, named, examples)
@@ -246,7 +242,7 @@ class Study:
     def _measure_others(self, named: str) -> None:
         """Measures on a calibration text what was found on the others."""
         name, source = split_name(named)
-        where = dict(zip(PLACE, (f"{name}, calibration", source, self.args.calibration_examples), strict=True))
+        where = dict(zip(PLACE_KEYS, (f"{name}, calibration", source, self.args.calibration_examples), strict=True))
         others = [search for search in self.searches if search["calibration"] != name]
         missing = [search for search in others if self._is_missing(search, where)]
         if missing:
@@ -256,7 +252,7 @@ class Study:
             self._save()
 
     def _is_missing(self, search: dict[str, Any], where: dict[str, Any]) -> bool:
-        names = {key: search[key] for key in (*SEARCH, "seed")}
+        names = {key: search[key] for key in (*SEARCH_KEYS, "seed")}
         return not any(is_of(row, names | where) for row in self.rows)
 
     def _measure(self, search: dict[str, Any], where: dict[str, Any], text: Text) -> None:
@@ -269,7 +265,7 @@ class Study:
     def _save(self) -> None:
         if PartialState().is_main_process:
             write_artefact(self.path, self.rows)
-            write_artefact(self.folder / "table.md", table(self.rows))
+            write_artefact(self.folder / "table.md", search_study_table(self.rows).to_markdown() + "\n")
 
     def _merged_pairs(self, statistics: BlockStatistics, config: SearchConfig) -> MergedPairs:
         """The pairs, distilled once for all that asks for the same ones."""
@@ -309,57 +305,6 @@ def source_and_split(source: str) -> tuple[str, str]:
 def is_of(row: dict[str, Any], names: dict[str, Any]) -> bool:
     """Whether a row has these values. One that was made before there were such columns has not."""
     return all(key in row and row[key] == value for key, value in names.items())
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """
-    A line for each calibration text, number of blocks and strategy: means over seeds, and their spread. Lines that
-    were made with other options have columns that say which. Rows that do not say what they were made with are left
-    out.
-    """
-    rows = [row for row in rows if all(key in row for key in (*SEARCH, *PLACE))]
-    options = [name for name in SHOWN if len({row[name] for row in rows} - {None}) > 1]
-    places = list(dict.fromkeys(tuple(row[key] for key in PLACE) for row in rows))
-    names = [place[0] for place in places]
-    labels = [name if names.count(name) == 1 else f"{name} ({n} of {source})" for name, source, n in places]
-    header = ["calibration", "blocks", "strategy", *options, "KL, calibration", *(f"KL, {label}" for label in labels)]
-    header += ["spread", "overlap of sets", "cost / dense forwards", "of plain greedy", "minutes"]
-    header += ["missing blocks (first seed)"]
-    lines = [header, ["---"] * len(header)]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(json.dumps([row[key] for key in SEARCH]), []).append(row)
-    for own in sorted(groups.values(), key=lambda own: (own[0]["calibration"], own[0]["num_blocks"])):
-        kls = [[row["kl"] for row in own if tuple(row[key] for key in PLACE) == place] for place in places]
-        searches = list({row["seed"]: row for row in reversed(own)}.values())[::-1]  # a row of each
-        first, of_first = searches[0], next(found for found in kls if found)
-        costs = [search["block_tokens"] for search in searches]
-        dense = [search["dense_forward_block_tokens"] for search in searches]
-        plain = [search.get("plain_greedy_block_tokens") for search in searches]
-        merged = (f"{absorbed} into {kept}" for kept, absorbed in first["merged_blocks"])
-        lines.append(
-            [
-                *(first[key] for key in ("calibration", "num_blocks", "strategy")),
-                *("" if first[name] is None else first[name] for name in options),
-                f"{stats.mean(search['kl_calibration'] for search in searches):.4f}",
-                *(f"{stats.mean(found):.4f}" if found else "" for found in kls),
-                # One draw has no spread.
-                f"{(max(of_first) - min(of_first)) / stats.mean(of_first):.1%}" if len(of_first) > 1 else "",
-                overlap(searches),
-                f"{stats.mean(map(truediv, costs, dense)):.1f}",
-                "" if None in plain else f"{stats.mean(map(truediv, costs, plain)):.0%}",
-                f"{stats.mean(search['seconds'] for search in searches) / 60:.1f}",
-                ", ".join([*map(str, first["removed_blocks"]), *merged]),
-            ]
-        )
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
-
-
-def overlap(rows: list[dict[str, Any]]) -> str:
-    """Mean share of missing blocks that two seeds have in common."""
-    sets = [{*row["removed_blocks"], *(absorbed for _, absorbed in row["merged_blocks"])} for row in rows]
-    shares = [len(a & b) / len(a | b) for i, a in enumerate(sets) for b in sets[i + 1 :]]
-    return f"{stats.mean(shares):.0%}" if shares else ""
 
 
 if __name__ == "__main__":

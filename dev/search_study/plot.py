@@ -24,7 +24,7 @@ def searched(folders):
     """KL on the text that was searched on, by strategy and number of blocks; of seed 0, all that its front holds."""
     points = {name: {0: 0.0} for name in LABELS}
     for folder in folders:
-        for row in json.loads((folder / "results.json").read_text()):
+        for row in json.loads((folder / "search_study.json").read_text()):
             if row["strategy"] in points and not row["seed"]:
                 points[row["strategy"]][row["num_blocks"]] = row["kl_calibration"]
         for name in LABELS:
@@ -38,7 +38,7 @@ def held_out(folders, text):
     """The same on another text, mean of the seeds."""
     points = {name: {0: [0.0]} for name in LABELS}
     for folder in folders:
-        for row in json.loads((folder / "results.json").read_text()):
+        for row in json.loads((folder / "search_study.json").read_text()):
             if row["strategy"] in points and row["validation"] == text:
                 points[row["strategy"]].setdefault(row["num_blocks"], []).append(row["kl"])
     return {name: {count: sum(kl) / len(kl) for count, kl in line.items()} for name, line in points.items()}

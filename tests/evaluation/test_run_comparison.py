@@ -2,11 +2,13 @@ import json
 
 import pytest
 from test_link_report import HANDOVER
+from test_search_study_report import SEARCHES
 
+from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import read_results, write_results
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
-from hf_pdprune.evaluation.run_comparison import Run, compare_runs
+from hf_pdprune.evaluation.run_comparison import Run, accuracies_by_task, compare_runs
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 
 
@@ -69,7 +71,10 @@ def test_runs_stand_side_by_side(tmp_path):
     text = output.read_text()
     for part in (
         "# All of it",
-        "| strong | 2 | 2, 4 | 2 blocks, 4 + 28 | 1.200 | 60.0% | 50.0% | 0.800 | 0.700 | 5.00x |",
+        "| strong | 2 | 2, 4 | 2 blocks, 4 + 28 | 1.200 | 60.0% | 50.0% | -10.0 ± 2.0 points | 0.800 | 0.700 |",
+        "|  | mild | strong |",
+        "| piqa | -10.0 ± 2.0 points | -10.0 ± 2.0 points |",
+        "| mean | -10.0 ± 2.0 points | -10.0 ± 2.0 points |",
         "| piqa | acc | 50 | 60.0 % | 50.0 % | -10.0 ± 2.0 points |",
         "Left out: rte",
         "recipes/evaluate.py --limit 50",
@@ -113,7 +118,7 @@ def test_links_and_token_choice_of_runs(tmp_path):
 
 
 def test_what_is_no_run_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none of results.json, ablation.jsonl, token_choice.jsonl"):
+    with pytest.raises(FileNotFoundError, match="none of results.json, ablation.jsonl, token_choice.jsonl, search_"):
         compare_runs({"x": tmp_path}, tmp_path / "out.md")
     assert not (tmp_path / "out.md").exists()
 
@@ -125,6 +130,30 @@ def test_commands_are_kept_by_recipe(tmp_path):
     assert read_results(tmp_path)["commands"] == {"evaluate": "b", "benchmark": "c"}
 
 
+def test_differences_by_task_name_what_a_run_has_not(tmp_path):
+    one, other = write_run(tmp_path / "a", 0.4, 0.9), write_run(tmp_path / "b", 1.2, 0.7)
+    assert accuracies_by_task([Run.from_folder(one)]) is None
+    task = {"metric": "word_perplexity", "dense": 20.0, "pruned": 25.5, "difference": 5.5, "rows": 8}
+    write_results(other, {"tasks": {"wikitext2": task}}, replaced=["tasks_mean"])
+    table = accuracies_by_task([Run.from_folder(one), Run.from_folder(other)])
+    assert table.rows == [
+        ["", "a", "b"],
+        ["piqa", "-10.0 ± 2.0 points", ""],
+        ["wikitext2", "", "+5.5"],
+        ["mean", "-10.0 ± 2.0 points", ""],
+    ]
+
+
+def test_a_study_of_searches_is_in_the_report(tmp_path):
+    folder = tmp_path / "searches"
+    write_artefact(folder / "search_study.json", SEARCHES)
+    record_command(folder, "search_study", "accelerate launch recipes/search_study.py --seeds 0 1")
+    assert "annealing" in compare_runs({"searches": folder}, tmp_path / "out.md")
+    text = (tmp_path / "out.md").read_text()
+    assert text.index("## searches") < text.index("search_study.py --seeds") < text.index("| first | 2 | annealing")
+
+
 def test_kl_of_the_finished_pair():
     results = {"quality": {"unhealed": {"kl": 2.0}, "healed": {"kl": 1.0}}}
-    assert Run("x", None, results, [], []).kl == 1.0 and Run("x", None, {}, [], []).kl is None
+    run, empty = Run("x", None, results, [], []), Run("x", None, {}, [], [])
+    assert (run.kl_unhealed, run.kl) == (2.0, 1.0) and (empty.kl_unhealed, empty.kl) == (None, None)

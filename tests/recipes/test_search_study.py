@@ -47,7 +47,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
 def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, monkeypatch):
     study.Study(study.StudyArguments(**options)).run()
     folder = Path(options["output_dir"])
-    rows = json.loads((folder / "results.json").read_text())
+    rows = json.loads((folder / "search_study.json").read_text())
     seeded, others = 3, 4
     assert len(rows) == (2 * seeded + others) * 2 * 2  # seeds, numbers of blocks, validation texts
     assert len({(r["strategy"], r["seed"], r["num_blocks"], r["calibration"], r["validation"]) for r in rows}) == len(
@@ -61,7 +61,9 @@ def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, mon
     assert greedy["block_tokens"] < greedy["plain_greedy_block_tokens"]
     assert by_strategy["annealing+merges", 0]["distilling_block_tokens"] > 0
     table = (folder / "table.md").read_text()
-    assert table in capsys.readouterr().out and table.count("| first | 2 |") == 7
+    assert capsys.readouterr().out.count("  annealing+merges  ") == 2 and table.count("| first | 2 |") == 7
+    command = json.loads((folder / "results.json").read_text())["commands"]["search_study"]
+    assert command.startswith("accelerate launch recipes/search_study.py") and str(folder.parent) not in command
     header = table.splitlines()[0].split(" | ")
     assert header[:6] == ["| calibration", "blocks", "strategy", "KL, calibration", "KL, first", "KL, second"]
     assert header[-2:] == ["minutes", "missing blocks (first seed) |"]
@@ -69,18 +71,18 @@ def test_a_row_for_each_strategy_seed_count_and_text(study, options, capsys, mon
 
     # A finished study makes nothing again, and one that lost its rows computes no energy again.
     study.Study(study.StudyArguments(**options)).run()
-    assert json.loads((folder / "results.json").read_text()) == rows
-    (folder / "results.json").unlink()
+    assert json.loads((folder / "search_study.json").read_text()) == rows
+    (folder / "search_study.json").unlink()
     monkeypatch.setattr(study.Objective, "_measure", None)
     study.Study(study.StudyArguments(**options)).run()
-    again = json.loads((folder / "results.json").read_text())
+    again = json.loads((folder / "search_study.json").read_text())
     assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
 
 
 def rows_of(study, options, **changed):
     few = {"strategies": ["greedy"], "num_blocks": [1], "seeds": [0]}
     study.Study(study.StudyArguments(**options | few | changed)).run()
-    return json.loads((Path(options["output_dir"]) / "results.json").read_text())
+    return json.loads((Path(options["output_dir"]) / "search_study.json").read_text())
 
 
 def test_other_options_make_other_rows(study, options, monkeypatch):
@@ -103,7 +105,7 @@ def test_rows_that_do_not_say_what_they_were_made_with_are_kept_and_not_mixed_in
     folder = Path(options["output_dir"])
     old = {"strategy": "greedy", "seed": None, "num_blocks": 1, "calibration": "first", "validation": "first", "kl": 9}
     folder.mkdir()
-    (folder / "results.json").write_text(json.dumps([old]))
+    (folder / "search_study.json").write_text(json.dumps([old]))
     rows = rows_of(study, options)
     assert rows[0] == old and len(rows) == 3
     assert (folder / "table.md").read_text().count("| greedy |") == 1
@@ -114,7 +116,7 @@ def test_pairs_are_those_of_the_options(study, options):
     study.Study(study.StudyArguments(**options)).run()
     study.Study(study.StudyArguments(**options | {"merge_tokens": 200})).run()
     pairs = {path.parent.name for path in Path(options["output_dir"]).glob("pairs/*/merged_pairs.safetensors")}
-    rows = json.loads((Path(options["output_dir"]) / "results.json").read_text())
+    rows = json.loads((Path(options["output_dir"]) / "search_study.json").read_text())
     assert [row["merge_tokens"] for row in rows] == [300, 300, 200, 200]
     assert {row["merge_source"] for row in rows} == pairs and len(pairs) == 2
 

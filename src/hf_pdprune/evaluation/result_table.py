@@ -116,10 +116,10 @@ class ResultTable:
         table = cls([["task", "metric", "rows", "dense", "pruned", "difference"]])
         for name, part in tasks.items():
             cells = [_metric(part["metric"], part[key]) for key in ("dense", "pruned")]
-            table.rows.append([name, part["metric"], str(part["rows"]), *cells, _difference(part)])
+            table.rows.append([name, part["metric"], str(part["rows"]), *cells, difference(part)])
         if mean is not None:
             cells = [_metric("acc", mean[key]) for key in ("dense", "pruned")]
-            table.rows.append(["mean", "accuracy", "", *cells, _difference({"metric": "acc", **mean})])
+            table.rows.append(["mean", "accuracy", "", *cells, difference({"metric": "acc", **mean})])
         return table
 
     @classmethod
@@ -201,7 +201,8 @@ def _metric(name: str, value: float) -> str:
     return f"{100 * value:.1f} %" if is_accuracy(name) else _number(value)
 
 
-def _difference(part: Mapping[str, Any]) -> str:
+def difference(part: Mapping[str, Any]) -> str:
+    """A difference of two values of a metric, with its standard error where it has one; of accuracies in points."""
     factor, unit = (100, " points") if is_accuracy(part["metric"]) else (1, "")
     text = f"{factor * part['difference']:+.1f}"
     if part.get("difference_stderr") is not None:

@@ -12,13 +12,19 @@ from .ablation_report import ablation_tables
 from .figures import new_figure, save_figure
 from .link_report import HANDOVER_FILE_NAME, link_lines, read_handover
 from .report import BENCHMARK_FILE_NAME, made_by
-from .result_table import ResultTable, numbers
+from .result_table import ResultTable, difference, numbers
 from .results import RESULTS_FILE_NAME, read_results
 from .row_file import RowFile
+from .search_study_report import SEARCH_STUDY_FILE_NAME, search_study_table
 from .token_choice_report import TOKEN_CHOICE_FILE_NAME, token_choice_lines
 
 
 ABLATION_FILE_NAME = "ablation.jsonl"
+_SEARCHES = (
+    "The same blocks are missing in both stages, and nothing is healed. KL in nats per completion token, means over "
+    "seeds; spread: largest less smallest, of the mean, on the first held-out text; overlap: share of missing blocks "
+    "that two seeds have in common."
+)
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Run:
         ablation (`list`): Rows of its study.
         handover (`dict`, *optional*): What was measured of its hand-overs over links.
         token_choice (`list`): Rows of what was measured of the prompt tokens that decode receives.
+        search_study (`list`): Rows of its study of searches.
     """
 
     name: str
@@ -43,6 +50,7 @@ class Run:
     ablation: list[dict[str, Any]]
     handover: dict[str, Any] | None = None
     token_choice: list[dict[str, Any]] = field(default_factory=list)
+    search_study: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike, name: str | None = None) -> "Run":
@@ -55,18 +63,19 @@ class Run:
         """
         folder = Path(folder)
         has = {file: (folder / file).is_file() for file in (PLAN_FILE_NAME, RESULTS_FILE_NAME, BENCHMARK_FILE_NAME)}
-        study, token_choice = folder / ABLATION_FILE_NAME, folder / TOKEN_CHOICE_FILE_NAME
-        if not has[RESULTS_FILE_NAME] and not study.is_file() and not token_choice.is_file():
-            names = f"{RESULTS_FILE_NAME}, {ABLATION_FILE_NAME}, {TOKEN_CHOICE_FILE_NAME}"
-            raise FileNotFoundError(f"{folder}: none of {names}")
+        names = (RESULTS_FILE_NAME, ABLATION_FILE_NAME, TOKEN_CHOICE_FILE_NAME, SEARCH_STUDY_FILE_NAME)
+        if not any((folder / file).is_file() for file in names):
+            raise FileNotFoundError(f"{folder}: none of {', '.join(names)}")
+        searches = folder / SEARCH_STUDY_FILE_NAME
         return cls(
             name or folder.name,
             PruningPlan.from_pretrained(folder) if has[PLAN_FILE_NAME] else None,
             read_results(folder) if has[RESULTS_FILE_NAME] else {},
             read_json(folder / BENCHMARK_FILE_NAME)["cases"] if has[BENCHMARK_FILE_NAME] else [],
-            list(RowFile(study)),
+            list(RowFile(folder / ABLATION_FILE_NAME)),
             read_handover(folder / HANDOVER_FILE_NAME),
-            list(RowFile(token_choice)),
+            list(RowFile(folder / TOKEN_CHOICE_FILE_NAME)),
+            read_json(searches) if searches.is_file() else [],
         )
 
     @property
@@ -76,6 +85,11 @@ class Run:
             if name in self.results.get(part, {}):
                 return self.results[part][name]["kl"]
         return None
+
+    @property
+    def kl_unhealed(self) -> float | None:
+        """KL before distillation, on the main job's held-out text."""
+        return self.results.get("quality", {}).get("unhealed", {}).get("kl")
 
     def summary(self) -> list[str]:
         """Its row in the table of runs."""
@@ -92,9 +106,9 @@ class Run:
             "" if plan is None else numbers(plan.prefill.skipped_blocks),
             "" if plan is None else numbers(plan.decode.missing_blocks),
             window,
-            "" if self.kl is None else f"{self.kl:.3f}",
-            "" if mean is None else f"{mean['dense']:.1%}",
-            "" if mean is None else f"{mean['pruned']:.1%}",
+            *("" if kl is None else f"{kl:.3f}" for kl in (self.kl_unhealed, self.kl)),
+            *("" if mean is None else f"{mean[name]:.1%}" for name in ("dense", "pruned")),
+            "" if mean is None else difference({"metric": "acc", **mean}),
             f"{speed['ttft_ratio']:.3f}" if speed else "",
             f"{speed['tpot_ratio']:.3f}" if speed else "",
             f"{kv['ratio']:.2f}x" if kv else "",
@@ -118,7 +132,8 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     """
     output = Path(output)
     runs = [Run.from_folder(folder, name) for name, folder in folders.items()]
-    header = ["run", "prefill removes", "decode removes", "token-aware", "KL", "accuracy dense", "pruned"]
+    header = ["run", "prefill removes", "decode removes", "token-aware", "KL, unhealed", "KL"]
+    header += ["accuracy dense", "pruned", "difference"]
     pairs = [run for run in runs if run.plan is not None and run.results]
     table = ResultTable([[*header, "TTFT ratio", "TPOT ratio", "KV fewer"], *(run.summary() for run in pairs)])
     lines = [f"# {title}", "", "Made by `recipes/compare.py` from the artefacts of runs; no number is typed in.", ""]
@@ -126,6 +141,10 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
         table = table.without_empty_columns()
         lines += [table.to_markdown(), ""]
         lines += ["Ratios are pruned / dense. KL in nats per completion token of held-out text.", ""]
+    by_task = accuracies_by_task(pairs)
+    if by_task is not None:
+        lines += ["Difference to the dense model by task, on the rows that each run was evaluated on:", ""]
+        lines += [by_task.to_markdown(), ""]
     picture = output.with_suffix(".png")
     output.parent.mkdir(parents=True, exist_ok=True)
     if plot_runs(runs, picture) is not None:
@@ -136,8 +155,26 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     if pairs:
         return table.to_text()
     studies = [ablation_tables([row for run in runs for row in run.ablation])]
+    studies += [search_study_table(run.search_study).to_text() for run in runs if run.search_study]
     studies += ["\n".join(token_choice_lines(run.token_choice)) for run in runs]
     return "\n".join(study for study in studies if study)
+
+
+def accuracies_by_task(runs: Sequence[Run]) -> ResultTable | None:
+    """
+    A row per task and a column per run: differences to the dense model, with their standard errors. `None` where fewer
+    than two runs have tasks.
+    """
+    runs = [run for run in runs if run.results.get("tasks")]
+    if len(runs) < 2:
+        return None
+    table = ResultTable([["", *(run.name for run in runs)]])
+    for task in dict.fromkeys(task for run in runs for task in run.results["tasks"]):
+        parts = [run.results["tasks"].get(task) for run in runs]
+        table.rows.append([task, *("" if part is None else difference(part) for part in parts)])
+    means = [run.results.get("tasks_mean") for run in runs]
+    table.rows.append(["mean", *("" if mean is None else difference({"metric": "acc", **mean}) for mean in means)])
+    return table
 
 
 def _details(run: Run) -> list[str]:
@@ -166,6 +203,9 @@ def _details(run: Run) -> list[str]:
     if run.ablation:
         lines += made_by(commands, "ablation")
         lines += [ablation_tables(run.ablation), ""]
+    if run.search_study:
+        lines += made_by(commands, "search_study")
+        lines += [search_study_table(run.search_study).without_empty_columns().to_markdown(), "", _SEARCHES, ""]
     if run.token_choice:
         lines += ["### Which prompt tokens decode receives", "", *made_by(commands, "token_choice")]
         lines += token_choice_lines(run.token_choice)
