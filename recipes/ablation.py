@@ -4,10 +4,11 @@ What each part of a plan costs and brings, and how it compares with the field's 
     accelerate launch recipes/ablation.py --config recipes/smollm2-135m/ablation.yaml --plan outputs/demo
 
 Sections: `parts` (blocks only, cache only, both), `healing` (pairs given by --healed), `strategies` (ShortGPT, SLEB,
-the end group, contiguous, random, and a unified plan of the same cost), `windows`, `caches` (which prompt tokens
-cross, at equal bytes), `quantization`, `draft` (the pruned decode stage as draft of the dense model). Every result is
-a line of ablation.jsonl as soon as it is known: the same command goes on with what is missing. Writes ablation.md; the
-last line on stdout is JSON.
+the end group, contiguous, random, and as many blocks in all in another split: the same ones out of both stages, and
+more out of prefill than out of decode), `windows`, `caches` (which prompt tokens cross, at equal bytes),
+`quantization`, `draft` (the pruned decode stage as draft of the dense model). Every result is a line of ablation.jsonl
+as soon as it is known: the same command goes on with what is missing. Writes ablation.md; the last line on stdout is
+JSON.
 
 Several processes share searches and the requests of tasks; quality on text and drafts are measured by the main one
 alone, and the others wait. A task whose data are not in --data_folder is named and left out.
@@ -49,6 +50,7 @@ from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.kv import QUANTIZATIONS
 from hf_pdprune.search import BlockStatistics, Calibration, SearchConfig, search_plan
+from hf_pdprune.search.search_config import STRATEGIES
 
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
@@ -57,6 +59,8 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 logger = logging.getLogger(__name__)
 
 PLACES = ("plan", "dense", "data_folder", "output_dir")
+# As many blocks in all as the plan removes, in another split.
+SPLITS = ("unified", "mirrored")
 ROWS_FILE_NAME = "ablation.jsonl"
 REPORT_FILE_NAME = "ablation.md"
 Pair = tuple[PrefillStage, DecodeStage]
@@ -80,8 +84,12 @@ class AblationArguments(OverlapConfig):
         default_factory=list, metadata={"help": "Pairs for the section healing, each as name=folder."}
     )
     strategies: list[str] = field(
-        default_factory=lambda: ["one_shot", "end_group", "contiguous", "random", "greedy", "unified"],
-        metadata={"help": "Strategies of the search; unified is greedy with the same blocks in both stages."},
+        default_factory=lambda: ["one_shot", "end_group", "contiguous", "random", "greedy", "unified", "mirrored"],
+        metadata={
+            "help": "Strategies of the search. unified: greedy, the same blocks out of both stages; mirrored: "
+            "annealing under the relaxed subset rule, prefill losing as many as the plan's decode, and decode as its "
+            "prefill."
+        },
     )
     random_seeds: int = field(default=3, metadata={"help": "Draws of the strategy random."})
     windows: list[str] = field(
@@ -121,7 +129,7 @@ class AblationArguments(OverlapConfig):
             if len(parts) != 2 or not all(part.isdecimal() for part in parts):
                 raise ValueError(f"windows: {entry!r} is not first+last")
         for name in self.strategies:
-            if name not in ("unified", "annealing", "greedy", "one_shot", "contiguous", "end_group", "random"):
+            if name not in (*SPLITS, *STRATEGIES):
                 raise ValueError(f"strategies: unknown strategy {name!r}")
         super().__post_init__()
 
@@ -231,11 +239,17 @@ class Study:
     def searched(self, strategy: str, seed: int = 0) -> tuple[PruningPlan, float]:
         """The plan that a strategy finds, and its cost in dense forwards; kept as a row of its own."""
         decode = len(self.plan.decode.missing_blocks)
-        prefill = min(len(self.plan.prefill.skipped_blocks), decode)  # these strategies know the subset rule alone
+        prefill = min(len(self.plan.prefill.skipped_blocks), decode)  # most strategies know the subset rule alone
         if strategy == "unified":
             strategy, prefill, decode = "greedy", self.variants.unified_blocks, self.variants.unified_blocks
+        elif strategy == "mirrored":
+            strategy, prefill, decode = "annealing", decode, prefill
         config = SearchConfig(
-            num_prefill_blocks=prefill, num_decode_blocks=decode, strategy=strategy, search_seed=seed
+            num_prefill_blocks=prefill,
+            num_decode_blocks=decode,
+            strategy=strategy,
+            search_seed=seed,
+            relaxed_subset_rule=prefill > decode,
         )
         settings = {
             "search": strategy,

@@ -20,6 +20,14 @@ def test_verdict_says_what_is_better_and_what_is_not():
     assert verdict(rows[:1]) == verdict(rows[1:]) == ""
 
 
+def test_more_out_of_prefill_than_out_of_decode():
+    mirrored = ("mirrored", result(0.4, (1, 2, 3, 4), (2, 3)))
+    text = verdict([("the plan", result(0.5)), mirrored])
+    assert "4 blocks out of prefill and 2 out of decode instead: -0.100." in text
+    row = {"settings": {"section": "strategies", "variant": "mirrored"}, "result": mirrored[1]}
+    assert "| mirrored | 1, 2, 3, 4 | none (keeps 1, 4) |" in ablation_tables([row])
+
+
 def test_tables_have_what_was_measured():
     rows = [
         {

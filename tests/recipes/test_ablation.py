@@ -43,7 +43,7 @@ def options(tiny_model, tiny_tokenizer, tmp_path):
         "dense": tmp_path / "dense",
         "sections": ["parts", "healing", "strategies", "windows", "caches", "quantization", "draft"],
         "healed": [f"exported={tmp_path / 'pair'}"],
-        "strategies": ["one_shot", "random", "unified"],
+        "strategies": ["one_shot", "random", "unified", "mirrored"],
         "random_seeds": 2,
         "windows": ["0+8", "4+4"],
         "calibration_dataset": tmp_path / "text.jsonl",
@@ -85,6 +85,8 @@ def test_every_section_once(recipe, options, capsys, monkeypatch):
     for key in (("strategies", "the plan"), ("healing", "unhealed"), ("healing", "exported")):
         assert kl[key] == pytest.approx(kl["parts", "blocks and cache"], rel=1e-4)
     assert len(by_name["strategies", "unified"]["prefill"]) == len(by_name["strategies", "unified"]["decode"]) == 2
+    mirrored = by_name["strategies", "mirrored"]
+    assert (len(mirrored["prefill"]), len(mirrored["decode"])) == (3, 1)  # the plan: 1 and 3
     assert by_name["strategies", "unified"]["search_cost"] > by_name["strategies", "one_shot"]["search_cost"]
     assert ("strategies", "random, seed 1") in kl and ("windows", "window 4 + 4") in kl
     assert (

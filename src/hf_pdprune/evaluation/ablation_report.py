@@ -21,7 +21,9 @@ SECTIONS = {
         "How the blocks are chosen",
         "Sets of equally many blocks, found on the same calibration text by the same objective code, none of them "
         "healed, each with as many token-aware blocks. `unified` removes the same blocks from both stages, as many in "
-        "all as the stage-wise plan. Cost is the search's, in dense forwards over the calibration set.",
+        "all as the stage-wise plan; `mirrored` takes from prefill as many as the plan takes from decode, and from "
+        "decode as many as it takes from prefill (the relaxed subset rule: prefill still projects the keys and values "
+        "that decode needs). Cost is the search's, in dense forwards over the calibration set.",
     ),
     "windows": ("Window of the token-aware blocks", "First and last prompt tokens that the same blocks hand over."),
     "caches": (
@@ -92,6 +94,13 @@ def verdict(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
             "prefill loses, long ones what decode loses; KL per completion token counts what decode loses at every "
             "token."
         )
+    if "mirrored" in results:
+        mirrored = results["mirrored"]
+        difference = mirrored["quality"]["kl"] - plan["quality"]["kl"]
+        lines.append(
+            f"{len(mirrored['prefill'])} blocks out of prefill and {len(mirrored['decode'])} out of decode instead: "
+            f"{difference:+.3f}."
+        )
     return "\n".join(lines)
 
 
@@ -102,13 +111,12 @@ def _quality_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable
     table = ResultTable([[*title, "top-1", "accuracy", *others.values(), "search cost"]])
     for name, result in rows:
         quality = result["quality"]
-        removed = set(result["prefill"])
         accuracy, by_task = result.get("accuracy"), result.get("other_tasks", {})
         table.rows.append(
             [
                 name,
                 numbers(result["prefill"]),
-                numbers([block for block in result["decode"] if block not in removed]),
+                _decode_blocks(result),
                 f"{result['kv_reduction']:.2f}x",
                 f"{quality['perplexity']:.1f}",
                 f"{quality['kl']:.3f}" + (f" ± {quality['kl_stderr']:.3f}" if "kl_stderr" in quality else ""),
@@ -121,6 +129,13 @@ def _quality_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable
             ]
         )
     return table.without_empty_columns()
+
+
+def _decode_blocks(result: Mapping[str, Any]) -> str:
+    """What decode removes beside prefill's blocks, and which of these it keeps (the relaxed subset rule)."""
+    more = numbers([block for block in result["decode"] if block not in result["prefill"]])
+    kept = [block for block in result["prefill"] if block not in result["decode"]]
+    return f"{more} (keeps {numbers(kept)})" if kept else more
 
 
 def _draft_table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> ResultTable:
