@@ -29,7 +29,7 @@ def test_too_few_completion_tokens_name_the_option():
     assert len(round_examples(rows_of(2, 40), 32, COLLATOR)) == 32
 
 
-def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_llama, adapted):
+def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_llama, adapted, capsys):
     model = adapted(tiny_llama)
     search = RoundSearch(
         model, {"prefill": "prefill", "decode": "decode"}, round_examples(rows_of(12), 6, COLLATOR), range(1, 5)
@@ -38,3 +38,4 @@ def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_
     found = search(before, PruningPlan.empty(tiny_llama, prefill=StagePlan((1, 3)), decode=StagePlan((1, 3, 4))))
     prefill, decode = found.prefill.missing_blocks, found.decode.missing_blocks
     assert len(prefill) == 2 and len(decode) == 3 and 2 in prefill and {0, 5}.isdisjoint(decode)
+    assert "Search in rounds: 100%" in capsys.readouterr().err  # a terminal or not

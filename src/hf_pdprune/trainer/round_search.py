@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -77,10 +78,18 @@ class RoundSearch:
         objective = Objective(self.model, self.calibration, adapters=self.adapters)
         goal = len(target.prefill.missing_blocks), len(target.decode.missing_blocks)
         steps = goal[1] - len(plan.decode.missing_blocks)
-        with tqdm(total=steps, desc="Search in rounds", unit="block", disable=None) as progress:
+        with tqdm(
+            total=steps,
+            desc="Search in rounds",
+            unit="block",
+            disable=not PartialState().is_main_process,
+            miniters=0,  # an update by nothing, after every batch, lets the clock of the bar go on
+            mininterval=1.0,
+        ) as progress:
             while (missing := len(plan.prefill.missing_blocks)) < goal[0] or len(plan.decode.missing_blocks) < goal[1]:
                 objective.accept(plan)
-                plan, energy = objective.best_of(self._next(plan, in_prefill=missing < goal[0]))
+                candidates = self._next(plan, in_prefill=missing < goal[0])
+                plan, energy = objective.best_of(candidates, progress.update)
                 progress.set_postfix(energy=f"{energy:.4f}")
                 progress.update()
         return plan
