@@ -72,6 +72,7 @@ def test_runs_stand_side_by_side(tmp_path):
     for part in (
         "# All of it",
         "| strong | 2 | 2, 4 | 2 blocks, 4 + 28 | 1.200 | 60.0% | 50.0% | -10.0 ± 2.0 points | 0.800 | 0.700 |",
+        "| 5.00x of 1,024 |",
         "|  | mild | strong |",
         "| piqa | -10.0 ± 2.0 points | -10.0 ± 2.0 points |",
         "| mean | -10.0 ± 2.0 points | -10.0 ± 2.0 points |",

@@ -20,6 +20,10 @@ from .token_choice_report import TOKEN_CHOICE_FILE_NAME, token_choice_lines
 
 
 ABLATION_FILE_NAME = "ablation.jsonl"
+_RUNS = (
+    "Ratios are pruned / dense, of each run's first benchmark; KV bytes are of a prompt of so many tokens. KL in nats per "
+    "completion token of held-out text: before healing on that of the main job, else on what the run was evaluated on."
+)
 _SEARCHES = (
     "The same blocks are missing in both stages, and nothing is healed. KL in nats per completion token, means over "
     "seeds; spread: largest less smallest, of the mean, on the first held-out text; overlap: share of missing blocks "
@@ -111,7 +115,7 @@ class Run:
             "" if mean is None else difference({"metric": "acc", **mean}),
             f"{speed['ttft_ratio']:.3f}" if speed else "",
             f"{speed['tpot_ratio']:.3f}" if speed else "",
-            f"{kv['ratio']:.2f}x" if kv else "",
+            f"{kv['ratio']:.2f}x of {kv['prompt_tokens']:,}" if kv else "",
         ]
 
 
@@ -140,7 +144,7 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     if pairs:
         table = table.without_empty_columns()
         lines += [table.to_markdown(), ""]
-        lines += ["Ratios are pruned / dense. KL in nats per completion token of held-out text.", ""]
+        lines += [_RUNS, ""]
     by_task = accuracies_by_task(pairs)
     if by_task is not None:
         lines += ["Difference to the dense model by task, on the rows that each run was evaluated on:", ""]
