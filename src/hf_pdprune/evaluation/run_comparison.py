@@ -22,8 +22,8 @@ from .token_choice_report import TOKEN_CHOICE_FILE_NAME, token_choice_lines
 ABLATION_FILE_NAME = "ablation.jsonl"
 _RUNS = (
     "Ratios are pruned / dense, of each run's first benchmark; KV bytes are of a prompt of so many tokens. KL in nats "
-    "per completion token of held-out text: before healing on that of the main job, else on what the run was evaluated "
-    "on."
+    "per completion token of held-out text: before healing on that of the main job, else on what the run was "
+    "evaluated on."
 )
 _SEARCHES = (
     "The same blocks are missing in both stages, and nothing is healed. KL in nats per completion token, means over "
