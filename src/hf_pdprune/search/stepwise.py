@@ -5,11 +5,9 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from accelerate import PartialState
-from tqdm.auto import tqdm
-
 from ..plan import PruningPlan
 from .annealing import AnnealingSearch
+from .block_progress import BlockProgress
 from .moves import Moves
 from .objective import Objective
 from .operations import Operations, missing_of
@@ -92,13 +90,7 @@ class StepwiseSearch:
         plan = greedy = self.objective.dense_plan
         goals = num_prefill_blocks, num_decode_blocks
         closed: set[tuple[bool, bool]] = set()  # what nothing more goes out of
-        with tqdm(
-            total=sum(goals) if self.operations.relaxed else num_decode_blocks,
-            unit="block",
-            disable=not any(goals) or not PartialState().is_main_process,
-            miniters=0,  # an update by nothing, after every batch, lets the clock of the bar go on
-            mininterval=1.0,
-        ) as progress:
+        with BlockProgress(sum(goals) if self.operations.relaxed else num_decode_blocks) as progress:
             while stages := self._next_stages(plan, goals, closed):
                 progress.set_description(f"Blocks out of {_STAGES[stages]}")
                 if not (additions := self.operations.additions(greedy, *stages)):
@@ -134,7 +126,7 @@ class StepwiseSearch:
         additions: list[PruningPlan],
         plan: PruningPlan,
         stages: tuple[bool, bool],
-        progress: tqdm,
+        progress: BlockProgress,
     ) -> tuple[PruningPlan, Step]:
         """The greedy plan with one block less, and the step of the path beside it."""
         objective, operations = self.objective, self.operations
@@ -171,7 +163,7 @@ class StepwiseSearch:
                 self._last_cost[_added(plan, addition)] = max(bound - energy, 0.0)
 
     def _anneal(
-        self, greedy: PruningPlan, plan: PruningPlan, stages: tuple[bool, bool], budget: int, progress: tqdm
+        self, greedy: PruningPlan, plan: PruningPlan, stages: tuple[bool, bool], budget: int, progress: BlockProgress
     ) -> PruningPlan:
         """The best of some annealings, from `greedy` or the best addition to `plan`."""
         objective, config, begun = self.objective, self.config, self.objective.cost.total

@@ -6,9 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from accelerate import PartialState
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from ..blocks import get_blocks
@@ -16,12 +14,15 @@ from ..kv.attention_replay import AttentionReplay
 from ..plan import KVPlan, PruningPlan
 from .annealing import AnnealingSearch
 from .attention_mass import AttentionMass
+from .block_progress import BlockProgress
 from .block_windows import BlockWindows
 from .objective import Objective
 from .search_config import SearchConfig
 
 
 logger = logging.getLogger(__name__)
+
+_GREEDY = "Greedy, token-aware blocks"
 
 
 class TokenAwareBlocks:
@@ -202,7 +203,7 @@ class TokenAwareBlocks:
         return sorted(candidates, key=lambda block: shares[block])
 
     def _add_blocks(self, plan: PruningPlan, candidates: tuple[int, ...], count: int) -> PruningPlan:
-        with self._progress(count) as progress:
+        with BlockProgress(count, _GREEDY) as progress:
             for _ in range(count):
                 chosen = plan.kv.token_aware_blocks
                 options = [self._with_blocks(plan, (*chosen, b)) for b in candidates if b not in chosen]
@@ -210,14 +211,14 @@ class TokenAwareBlocks:
         return plan
 
     def _give_back_blocks(self, plan: PruningPlan, count: int) -> PruningPlan:
-        with self._progress(count) as progress:
+        with BlockProgress(count, _GREEDY) as progress:
             for _ in range(count):
                 chosen = plan.kv.token_aware_blocks
                 options = [self._with_blocks(plan, tuple(b for b in chosen if b != block)) for block in chosen]
                 plan = self._best_of(plan, options, progress)
         return plan
 
-    def _best_of(self, plan: PruningPlan, options: list[PruningPlan], progress: tqdm) -> PruningPlan:
+    def _best_of(self, plan: PruningPlan, options: list[PruningPlan], progress: BlockProgress) -> PruningPlan:
         self.objective.accept(plan)
         plan, energy = self.objective.best_of(options, progress.update)
         progress.set_postfix(energy=f"{energy:.4f}")
@@ -240,12 +241,6 @@ class TokenAwareBlocks:
             "Annealing, token-aware blocks",
         )
         return search.run(plan, greedy_cost)
-
-    @staticmethod
-    def _progress(total: int) -> tqdm:
-        name = "Greedy, token-aware blocks"
-        disable = not PartialState().is_main_process
-        return tqdm(total=total, desc=name, unit="block", miniters=0, mininterval=1.0, disable=disable)
 
 
 def _check_observable(model: nn.Module) -> None:

@@ -3,13 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from accelerate import PartialState
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..data import PromptCompletionCollator
 from ..plan import PruningPlan
 from ..search import Calibration, Objective
+from ..search.block_progress import BlockProgress
 from ..search.calibration import MIN_COMPLETION_TOKENS
 from ..search.operations import with_removed
 
@@ -78,14 +77,7 @@ class RoundSearch:
         objective = Objective(self.model, self.calibration, adapters=self.adapters)
         goal = len(target.prefill.missing_blocks), len(target.decode.missing_blocks)
         steps = goal[1] - len(plan.decode.missing_blocks)
-        with tqdm(
-            total=steps,
-            desc="Search in rounds",
-            unit="block",
-            disable=not PartialState().is_main_process,
-            miniters=0,  # an update by nothing, after every batch, lets the clock of the bar go on
-            mininterval=1.0,
-        ) as progress:
+        with BlockProgress(steps, "Search in rounds") as progress:
             while (missing := len(plan.prefill.missing_blocks)) < goal[0] or len(plan.decode.missing_blocks) < goal[1]:
                 objective.accept(plan)
                 candidates = self._next(plan, in_prefill=missing < goal[0])
