@@ -152,7 +152,7 @@ def load_stages(
     hub_kwargs = {name: model_kwargs[name] for name in _HUB_ARGUMENTS if name in model_kwargs}
     if adapters is not None:
         StageLocation(str(source)).check_index(**hub_kwargs)
-        model = AutoModelForCausalLM.from_pretrained(source, **model_kwargs).eval()
+        model = AutoModelForCausalLM.from_pretrained(source, **model_kwargs)
         model, plan, names = load_adapters(model, adapters)
         stages = (PrefillStage(model, plan, names.get("prefill")), DecodeStage(model, plan, names.get("decode")))
         fingerprint = pair_fingerprint(model, names)
@@ -164,9 +164,7 @@ def load_stages(
     plan, locations = stage_locations(source, **hub_kwargs)
     check_pair(plan, locations, **hub_kwargs)
     models = {
-        checkpoint: AutoModelForCausalLM.from_pretrained(
-            location.path, subfolder=location.subfolder, **model_kwargs
-        ).eval()
+        checkpoint: AutoModelForCausalLM.from_pretrained(location.path, subfolder=location.subfolder, **model_kwargs)
         for checkpoint, location in locations.items()
     }
     models = {stage: models[checkpoint] for stage, checkpoint in by_stage(models).items()}
