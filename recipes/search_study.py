@@ -168,7 +168,7 @@ class Study:
         self._save()
         if PartialState().is_main_process:
             record_command(self.folder, "search_study", command_line("recipes/search_study.py", args, folders=PLACES))
-            print(search_study_table(self.rows).to_text())
+            print(search_study_table(self.rows).to_markdown())
 
     def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
         args = self.args
