@@ -16,8 +16,6 @@ alone, and the others wait. A task whose data are not in --data_folder is named 
 
 import json
 import logging
-import math
-import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,7 +33,7 @@ from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
 from hf_pdprune.evaluation import evaluate_quality
 from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_tables
-from hf_pdprune.evaluation.ablation_variants import AblationVariants
+from hf_pdprune.evaluation.ablation_variants import SPLITS, AblationVariants
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
@@ -43,7 +41,7 @@ from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.process_group import join_processes
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
-from hf_pdprune.evaluation.task_comparison import is_accuracy, main_metric
+from hf_pdprune.evaluation.task_comparison import accuracies_and_others
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import build_stage, load_stages
 from hf_pdprune.integrations.lm_eval import PDPruneLM
@@ -59,8 +57,6 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 logger = logging.getLogger(__name__)
 
 PLACES = ("plan", "dense", "data_folder", "output_dir")
-# As many blocks in all as the plan removes, in another split.
-SPLITS = ("unified", "mirrored")
 ROWS_FILE_NAME = "ablation.jsonl"
 REPORT_FILE_NAME = "ablation.md"
 Pair = tuple[PrefillStage, DecodeStage]
@@ -238,12 +234,7 @@ class Study:
 
     def searched(self, strategy: str, seed: int = 0) -> tuple[PruningPlan, float]:
         """The plan that a strategy finds, and its cost in dense forwards; kept as a row of its own."""
-        decode = len(self.plan.decode.missing_blocks)
-        prefill = min(len(self.plan.prefill.skipped_blocks), decode)  # most strategies know the subset rule alone
-        if strategy == "unified":
-            strategy, prefill, decode = "greedy", self.variants.unified_blocks, self.variants.unified_blocks
-        elif strategy == "mirrored":
-            strategy, prefill, decode = "annealing", decode, prefill
+        strategy, prefill, decode = self.variants.split(strategy)
         config = SearchConfig(
             num_prefill_blocks=prefill,
             num_decode_blocks=decode,
@@ -293,32 +284,12 @@ class Study:
         self.rows.get_or_make(settings, make)
 
     def task_results(self, prefill: PrefillStage, decode: DecodeStage) -> dict[str, Any]:
-        """
-        `accuracy`: mean over the tasks that have one, its standard error, and each task's value; `other_tasks`: metric
-        and value of the others. Nothing in processes but the main one, which has the answers of all.
-        """
+        """What the tasks come to. Nothing in processes but the main one, which has the answers of all."""
         if not self.tasks:
             return {}
         lm = PDPruneLM(prefill=prefill, decode=decode, tokenizer=self.tokenizer, batch_size=self.args.batch_size)
-        accuracies, errors, others = {}, [], {}
-        for task in self.tasks:
-            result = self.evaluation.run(lm, task, self.args.limit)
-            if result is None:
-                continue
-            metric = main_metric(result["metrics"])
-            value = result["metrics"][metric]
-            if is_accuracy(metric):
-                accuracies[task] = value
-                errors.append(result["stderr"].get(metric, 0.0))
-            else:
-                others[task] = {"metric": metric, "value": value}
-        parts: dict[str, Any] = {}
-        if accuracies:
-            stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors)
-            parts["accuracy"] = {"mean": statistics.fmean(accuracies.values()), "stderr": stderr, "tasks": accuracies}
-        if others:
-            parts["other_tasks"] = others
-        return parts
+        results = {task: self.evaluation.run(lm, task, self.args.limit) for task in self.tasks}
+        return accuracies_and_others({task: result for task, result in results.items() if result is not None})
 
     def view(self, plan: PruningPlan) -> Pair:
         """The dense model, seen as both stages of a plan."""

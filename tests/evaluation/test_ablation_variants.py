@@ -68,3 +68,9 @@ def test_other_blocks_with_as_many_token_aware_ones(removed):
 
 def test_unified_plan_costs_as_much():
     assert AblationVariants(PLAN).unified_blocks == 3  # two and five
+
+
+def test_as_many_blocks_in_all_in_another_split():
+    split = AblationVariants(PLAN).split
+    assert split("one_shot") == ("one_shot", 2, 5)
+    assert split("unified") == ("greedy", 3, 3) and split("mirrored") == ("annealing", 5, 2)

@@ -2,7 +2,13 @@ import math
 
 import pytest
 
-from hf_pdprune.evaluation.task_comparison import compare_tasks, main_metric, mean_accuracy, paired_stderr
+from hf_pdprune.evaluation.task_comparison import (
+    accuracies_and_others,
+    compare_tasks,
+    main_metric,
+    mean_accuracy,
+    paired_stderr,
+)
 
 
 def result(right, **more):
@@ -46,3 +52,14 @@ def test_main_metric():
     assert main_metric({"f1": 0.0}) == "f1"
     assert paired_stderr([1.0], [0.0]) is None
     assert paired_stderr([0, 0, 1, 1], [1, 0, 1, 0]) == pytest.approx(math.sqrt(2 / 3) / 2)
+
+
+def test_tasks_of_one_model_by_kind_of_metric():
+    accuracy = {"metrics": {"acc": 0.5}, "stderr": {"acc": 0.03}}
+    other = {"metrics": {"acc": 0.7}, "stderr": {"acc": 0.04}}
+    perplexity = {"metrics": {"word_perplexity": 20.0}, "stderr": {}}
+    parts = accuracies_and_others({"piqa": accuracy, "boolq": other, "wikitext2": perplexity})
+    assert parts["accuracy"]["mean"] == pytest.approx(0.6) and parts["accuracy"]["stderr"] == pytest.approx(0.025)
+    assert parts["accuracy"]["tasks"] == {"piqa": 0.5, "boolq": 0.7}
+    assert parts["other_tasks"] == {"wikitext2": {"metric": "word_perplexity", "value": 20.0}}
+    assert accuracies_and_others({}) == {} and "accuracy" not in accuracies_and_others({"wikitext2": perplexity})

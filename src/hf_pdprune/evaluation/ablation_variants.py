@@ -7,6 +7,10 @@ from dataclasses import replace
 from ..plan import KVPlan, PruningPlan, StagePlan
 
 
+# As many blocks in all as the plan removes, in another split between the stages.
+SPLITS = ("unified", "mirrored")
+
+
 class AblationVariants:
     """
     Variants of one plan.
@@ -79,6 +83,21 @@ class AblationVariants:
         homeless = [own for block, own in windows.items() if block not in kept]
         chosen |= dict(zip((block for block in kept if block not in chosen), homeless, strict=False))
         return replace(other, kv=self.plan.kv.with_windows(chosen))
+
+    def split(self, strategy: str) -> tuple[str, int, int]:
+        """
+        How a strategy is searched, and how many blocks it takes from prefill and from decode: as many as the plan
+        (most strategies know the strict subset rule alone), or with one of [`SPLITS`] as many in all.
+
+        Args:
+            strategy (`str`): One of the search's, or `"unified"` (the same blocks out of both stages, greedy), or
+                `"mirrored"` (the plan's two numbers exchanged; under the relaxed subset rule, which is annealed).
+        """
+        decode = len(self.plan.decode.missing_blocks)
+        prefill = min(len(self.plan.prefill.skipped_blocks), decode)
+        if strategy == "unified":
+            return "greedy", self.unified_blocks, self.unified_blocks
+        return ("annealing", decode, prefill) if strategy == "mirrored" else (strategy, prefill, decode)
 
     @property
     def unified_blocks(self) -> int:

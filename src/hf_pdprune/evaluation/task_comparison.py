@@ -82,3 +82,32 @@ def mean_accuracy(compared: Mapping[str, Mapping[str, Any]]) -> dict[str, float]
     means = {name: statistics.fmean(part[name] for part in tasks) for name in ("dense", "pruned", "difference")}
     stderr = math.sqrt(sum(error**2 for error in errors)) / len(tasks)
     return {**means, "difference_stderr": stderr, "tasks": len(tasks)}
+
+
+def accuracies_and_others(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """
+    What one model's tasks come to.
+
+    Args:
+        results (`Mapping`): By task what [`TaskEvaluation.run`] gives.
+
+    Returns:
+        `dict[str, Any]`: `accuracy`: the mean over the tasks that have one, its standard error `stderr`, and each
+        task's value in `tasks`; `other_tasks`: metric and value of the others. Each only where there are such tasks.
+    """
+    accuracies, errors, others = {}, [], {}
+    for task, result in results.items():
+        metric = main_metric(result["metrics"])
+        value = result["metrics"][metric]
+        if is_accuracy(metric):
+            accuracies[task] = value
+            errors.append(result["stderr"].get(metric, 0.0))
+        else:
+            others[task] = {"metric": metric, "value": value}
+    parts: dict[str, Any] = {}
+    if accuracies:
+        stderr = math.sqrt(sum(error**2 for error in errors)) / len(errors)
+        parts["accuracy"] = {"mean": statistics.fmean(accuracies.values()), "stderr": stderr, "tasks": accuracies}
+    if others:
+        parts["other_tasks"] = others
+    return parts
