@@ -1,6 +1,7 @@
 # ruff: noqa: T201
 """
-What a training step costs in time and memory, against trl, on the same rows.
+What a training step costs in time and memory, against trl, on the same rows: CPU seconds and the process's memory, or
+on an accelerator wall seconds and what is allocated there.
 
     python dev/measure_training.py time   <model folder>     # medians, in turns in one process
     python dev/measure_training.py memory <model folder> ours|checkpointing|one_chunk|gkd     # one process each
@@ -14,12 +15,14 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from hf_pdprune.data import load_text
+from hf_pdprune.evaluation.benchmark import synchronize
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
@@ -32,7 +35,6 @@ COMMON = {
     "max_length": TOKENS,
     "report_to": "none",
     "save_strategy": "no",
-    "use_cpu": True,
     "bf16": False,
     "disable_tqdm": True,
     "activation_checkpointing": False,
@@ -80,7 +82,21 @@ def gkd(model, teacher, tokenizer):
 
 
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(PartialState().device)
+
+
+def clock():
+    """CPU seconds, or wall seconds once an accelerator has done its work."""
+    device = PartialState().device
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
+def megabytes():
+    """The most memory so far."""
+    if PartialState().device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return torch.accelerator.max_memory_allocated() / 1e6
 
 
 def step_of(trainer):
@@ -101,7 +117,8 @@ def measure_time(folder):
         trainer.create_optimizer()
         trainer.current_gradient_accumulation_steps = 1
     teacher = load(folder).eval()
-    batch = {k: v for k, v in next(iter(plain.get_train_dataloader())).items() if k in ("input_ids", "attention_mask")}
+    batch = next(iter(plain.get_train_dataloader()))
+    batch = {name: batch[name].to(teacher.device) for name in ("input_ids", "attention_mask")}
 
     @torch.no_grad()
     def forward():
@@ -109,12 +126,12 @@ def measure_time(folder):
 
     cases = {"teacher": forward, "sft": step_of(plain), "ours": step_of(pruned)}
     seconds = {name: [] for name in cases}
-    for turn in range(4):
+    for turn in range(int(os.environ.get("TURNS", "4"))):
         for name, case in cases.items():
-            begun = time.process_time()
+            begun = clock()
             case()
             if turn:
-                seconds[name].append(time.process_time() - begun)
+                seconds[name].append(clock() - begun)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(json.dumps(medians | {"ratio": medians["ours"] / (medians["teacher"] + medians["sft"])}))
 
@@ -126,9 +143,9 @@ def measure_memory(folder, case):
     else:
         options = {"checkpointing": {"activation_checkpointing": True}, "one_chunk": {"logits_chunk_tokens": 0}}
         trainer = ours(load(folder), tokenizer, **options.get(case, {}))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = megabytes()
     trainer.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = megabytes()
     print(json.dumps({"case": case, "batch": BATCH, "MB before": round(before), "MB peak": round(peak)}))
 
 

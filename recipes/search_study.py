@@ -38,6 +38,7 @@ from hf_pdprune.evaluation.search_study_report import (
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import (
+    BlockCounts,
     BlockStatistics,
     Calibration,
     MergedPairs,
@@ -218,7 +219,7 @@ class Study:
             cost = {"block_tokens": objective.cost.total}
         else:
             search = StepwiseSearch(objective, Operations(removable, pairs.pairs), config, strategy != "greedy")
-            steps = search.run(count, count)
+            steps = search.run(BlockCounts(count, count))
             plan = steps[-1].plan
             cost = {"block_tokens": steps[-1].block_tokens, "plain_greedy_block_tokens": steps[-1].plain_block_tokens}
             points = [ParetoPoint(objective.dense_plan, 0.0), *(ParetoPoint(step.plan, step.energy) for step in steps)]

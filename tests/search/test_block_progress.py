@@ -18,3 +18,9 @@ def test_no_bar_without_blocks_and_in_other_processes(capsys, monkeypatch, is_ma
     with BlockProgress(0 if is_main else 2) as progress:
         progress.update()
     assert capsys.readouterr().err == ""
+
+
+def test_blocks_are_counted_where_their_number_is_not_known(capsys):
+    with BlockProgress(None, "Blocks") as progress:
+        progress.update()
+    assert "Blocks: 1block" in capsys.readouterr().err

@@ -27,6 +27,22 @@ from hf_pdprune.search import SearchConfig
         ({"max_kl": 1, "strategy": "random"}, "max_kl needs a strategy that goes block by block"),
         ({"target_ttft_speedup": 0.5}, "target_ttft_speedup must be at least 1"),
         ({"target_tpot_speedup": 1.5, "num_decode_blocks": 2}, "exclude each other"),
+        ({"target_latency_speedup": 1.2}, "belong together"),
+        ({"prefill_latency_share": 0.2}, "belong together"),
+        ({"target_latency_speedup": 0.9, "prefill_latency_share": 0.2}, "target_latency_speedup must be at least 1"),
+        ({"target_latency_speedup": 1.2, "prefill_latency_share": 20}, "prefill_latency_share must be between"),
+        (
+            {"target_latency_speedup": 1.2, "prefill_latency_share": 0.2, "num_decode_blocks": 2},
+            "target_latency_speedup and num_decode_blocks exclude each other",
+        ),
+        (
+            {"target_latency_speedup": 1.2, "prefill_latency_share": 0.2, "target_tpot_speedup": 1.2},
+            "target_latency_speedup and target_tpot_speedup exclude each other",
+        ),
+        (
+            {"target_latency_speedup": 1.2, "prefill_latency_share": 0.2, "strategy": "one_shot"},
+            "target_latency_speedup needs a strategy that goes block by block",
+        ),
         ({"initial_temperature": 0.001, "final_temperature": 0.01}, "temperatures"),
         ({"hidden_cache_gb": -1}, "hidden_cache_gb"),
         ({"num_token_aware_blocks": 2, "target_kv_reduction": 5}, "exclude each other"),
@@ -65,6 +81,7 @@ def test_every_option_is_documented():
         {"num_decode_blocks": 1},
         {"target_ttft_speedup": 1.1},
         {"target_tpot_speedup": 1.1},
+        {"target_latency_speedup": 1.1, "prefill_latency_share": 0.0},
         {"max_kl": 1.0},
     ],
 )

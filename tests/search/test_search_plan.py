@@ -111,6 +111,33 @@ def test_targets_instead_of_counts(setup, tmp_path):
         search_plan(*setup, config(max_kl=bound, target_ttft_speedup=1.3, **options))
 
 
+def test_a_latency_instead_of_counts(setup, tmp_path):
+    options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None}
+    options |= {"target_latency_speedup": 1.3}
+    lost = {}
+    for share in (0.0, 1.0):
+        wanted = config(**options, prefill_latency_share=share, relaxed_subset_rule=True)
+        plan = search_plan(*setup, wanted, tmp_path / str(share))
+        lost[share] = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
+        assert plan.provenance["config"]["prefill_latency_share"] == share
+    assert lost[0.0][0] == lost[1.0][1] == 0 and min(lost[0.0][1], lost[1.0][0]) >= 2
+    # The first step is within the bound and is not enough; more than that may not go.
+    front = json.loads((tmp_path / "0.0" / "pareto_front.json").read_text())["points"]
+    bound = (front[1]["kl"] + front[2]["kl"]) / 2
+    message = r"target_latency_speedup 1.3 is not met, 1.\d+ is reached; within max_kl .* only 0 and 1 can go"
+    with pytest.raises(ValueError, match=message):
+        search_plan(*setup, config(**options, prefill_latency_share=0.0, relaxed_subset_rule=True, max_kl=bound))
+    with pytest.raises(ValueError, match="target_latency_speedup 50 cannot be met: without all 6 blocks"):
+        search_plan(*setup, config(**options | {"target_latency_speedup": 50}, prefill_latency_share=0.5))
+
+
+def test_with_a_latency_token_aware_blocks_are_checked_for_what_may_go(setup):
+    options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "strategy": "greedy", "prefill_latency_share": 0.5}
+    options |= {"target_latency_speedup": 1.08, "num_token_aware_blocks": 7}
+    plan = search_plan(*setup, config(**options))  # as many as there would not be without all that may go
+    assert len(plan.kv.token_aware_blocks) == 7 and len(plan.decode.missing_blocks) == 1
+
+
 @pytest.mark.parametrize("long_prompts", [False, True])
 def test_max_kl_is_kept_by_token_aware_blocks_too(setup, calibration, tmp_path, long_prompts):
     prompts = calibration(setup[0], prompt_tokens=(40, 50), seed=1) if long_prompts else None

@@ -1,8 +1,13 @@
 import pytest
 import torch
 
-from hf_pdprune.search import SearchConfig
-from hf_pdprune.search.targets import num_blocks_to_remove
+from hf_pdprune.search import LatencyGoal, SearchConfig
+from hf_pdprune.search.targets import removal_goal
+
+
+def num_blocks_to_remove(model, config):
+    goal = removal_goal(model, config)
+    return goal.num_prefill_blocks, goal.num_decode_blocks
 
 
 @pytest.fixture
@@ -51,3 +56,11 @@ def test_projected_blocks_still_make_their_keys_and_values(model):
     for speedup, blocks in ((1.0, 0), (8 / (6 + 2 * left) - 1e-6, 2), (8 / (6 + 2 * left) + 1e-6, 3)):
         config = SearchConfig(target_ttft_speedup=speedup, num_decode_blocks=1, relaxed_subset_rule=True)
         assert num_blocks_to_remove(model, config) == (blocks, 1)
+
+
+def test_the_latency_of_an_answer_is_a_goal_of_its_own(model):
+    options = {"target_latency_speedup": 1.2, "prefill_latency_share": 0.3}
+    goal = removal_goal(model, SearchConfig(**options, relaxed_subset_rule=True, num_protected_first_blocks=2))
+    assert isinstance(goal, LatencyGoal) and goal.relaxed and goal.num_decode_blocks == 5
+    assert (goal.speedup, goal.prefill_share) == (1.2, 0.3)
+    assert not removal_goal(model, SearchConfig(**options)).relaxed

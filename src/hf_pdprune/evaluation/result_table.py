@@ -63,13 +63,14 @@ class ResultTable:
         title = ["prompt", "batch"]
         for what in ("TTFT", "TPOT"):
             title += [f"{what} dense", "pruned", "ratio"]
-        table = cls([[*title, "latency", "tokens/s", "KV held", "KV sent", "peak memory"]])
+        table = cls([[*title, "dense: prefill's share", "latency", "tokens/s", "KV held", "KV sent", "peak memory"]])
         for case in cases:
             row = [f"{case['prompt_tokens']:,}", str(case["batch_size"])]
             for what in ("ttft", "tpot"):
                 row += [f"{1000 * case[what][name]['median']:.1f} ms" for name in ("dense", "pruned")]
                 low, high = case[what]["ratio_quartiles"]
                 row.append(f"{case[what]['ratio']:.3f} ({low:.2f}-{high:.2f})")
+            row.append(f"{case['ttft']['dense']['median'] / case['latency']['dense']:.0%}")
             row += [f"x {case['latency']['ratio']:.3f}", f"x {case['throughput']['ratio']:.3f}"]
             held, sent = case["kv"]["bytes_held"], case["kv"]
             row.append(f"{megabytes(held['pruned'])} ({held['dense'] / held['pruned']:.2f}x fewer)")

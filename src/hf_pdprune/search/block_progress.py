@@ -10,16 +10,16 @@ class BlockProgress(tqdm):
     which [`Objective.best_of`] makes after every batch, lets its clock go on.
 
     Args:
-        total (`int`): Blocks that the search chooses; without any there is no bar.
+        total (`int`, *optional*): Blocks that the search chooses; `None`: not known. With `0` there is no bar.
         description (`str`, *optional*): What stands before the bar.
     """
 
-    def __init__(self, total: int, description: str | None = None):
+    def __init__(self, total: int | None, description: str | None = None):
         super().__init__(
             total=total,
             desc=description,
             unit="block",
-            disable=not total or not PartialState().is_main_process,
+            disable=total == 0 or not PartialState().is_main_process,
             miniters=0,
             mininterval=1.0,
         )

@@ -35,6 +35,14 @@ class SearchConfig:
         target_tpot_speedup (`float`, *optional*):
             Instead of `num_decode_blocks`: how many times faster a decode step is to be, by the parameters of blocks
             and LM head.
+        target_latency_speedup (`float`, *optional*):
+            Instead of both: how many times faster an answer is to be, from the first token of its prompt to its own
+            last one. How many blocks each stage loses is then searched for, too: the next one goes from where it costs
+            least KL for the time that it saves. Best with `relaxed_subset_rule`, under which prefill may lose more
+            than decode.
+        prefill_latency_share (`float`, *optional*):
+            With it: prefill's share of that time on the dense model, 0 to 1, for prompts and answers as they are to
+            be served (`recipes/benchmark.py` measures it). The larger it is, the more blocks go out of prefill.
         max_kl (`float`, *optional*):
             KL to the dense model per completion token, on the calibration set and before healing, that is not to be
             passed: blocks go as long as it is kept, from prefill too at first and then from decode alone. The numbers
@@ -131,6 +139,17 @@ class SearchConfig:
     )
     target_tpot_speedup: float | None = field(
         default=None, metadata={"help": "Instead of num_decode_blocks: how many times faster a decode step is to be."}
+    )
+    target_latency_speedup: float | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of both: how many times faster an answer is to be, first to last token; the search "
+            "chooses how many blocks each stage loses."
+        },
+    )
+    prefill_latency_share: float | None = field(
+        default=None,
+        metadata={"help": "With target_latency_speedup: prefill's share of the dense model's time, 0 to 1."},
     )
     max_kl: float | None = field(
         default=None,
@@ -250,6 +269,7 @@ class SearchConfig:
                 raise ValueError(f"{target} must be at least 1, got {speedup}")
             if speedup is not None and getattr(self, count):
                 raise ValueError(f"{target} and {count} exclude each other")
+        self._check_latency()
         if (
             self.target_tpot_speedup is None
             and self.num_decode_blocks < self.num_prefill_blocks
@@ -314,7 +334,27 @@ class SearchConfig:
     def keeps_all_blocks(self) -> bool:
         """Whether no block is to go: then only tokens are left out."""
         counts = (self.num_prefill_blocks, self.num_decode_blocks)
-        return not any((*counts, self.target_ttft_speedup, self.target_tpot_speedup, self.max_kl))
+        targets = (self.target_ttft_speedup, self.target_tpot_speedup, self.target_latency_speedup)
+        return not any((*counts, *targets, self.max_kl))
+
+    def _check_latency(self) -> None:
+        """Raises a `ValueError` where the target for the latency of answers does not make sense."""
+        speedup, share = self.target_latency_speedup, self.prefill_latency_share
+        if (speedup is None) != (share is None):
+            raise ValueError("target_latency_speedup and prefill_latency_share belong together: give both or neither")
+        if speedup is None:
+            return
+        if speedup < 1:
+            raise ValueError(f"target_latency_speedup must be at least 1, got {speedup}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"prefill_latency_share must be between 0 and 1, got {share}")
+        for name in ("num_prefill_blocks", "num_decode_blocks", "target_ttft_speedup", "target_tpot_speedup"):
+            if getattr(self, name):
+                raise ValueError(f"target_latency_speedup and {name} exclude each other")
+        if self.strategy not in STEPWISE_STRATEGIES:
+            raise ValueError(
+                f"target_latency_speedup needs a strategy that goes block by block: {', '.join(STEPWISE_STRATEGIES)}"
+            )
 
     def check_model(self, total: int) -> None:
         """Raises a `ValueError` where a model of `total` blocks has too few for what is to be removed."""

@@ -25,10 +25,11 @@ from .merged_pairs import MERGED_PAIRS_FILE_NAME, MergedPairs
 from .objective import Objective
 from .operations import Operations, removable_blocks, unprotected_blocks, with_removed
 from .pareto_front import ParetoFront, ParetoPoint
+from .removal_goal import RemovalGoal
 from .search_config import SearchConfig
 from .search_journal import SearchJournal
 from .stepwise import Step, StepwiseSearch
-from .targets import num_blocks_to_remove
+from .targets import removal_goal
 from .token_aware_blocks import TokenAwareBlocks
 
 
@@ -76,19 +77,21 @@ def search_plan(
             f"the block statistics are of {statistics.base_model} ({statistics.model_type}, "
             f"{statistics.num_hidden_layers} blocks), the model is {model.config.model_type} with {total}"
         )
-    num_prefill, num_decode = num_blocks_to_remove(model, config)
-    # From here on the numbers of blocks are those that the targets come to.
+    goal = removal_goal(model, config)
+    # From here on the numbers of blocks are those that the targets come to, at most.
     asked = config
     config = replace(
         config,
-        num_prefill_blocks=num_prefill,
-        num_decode_blocks=num_decode,
+        num_prefill_blocks=goal.num_prefill_blocks,
+        num_decode_blocks=goal.num_decode_blocks,
         target_ttft_speedup=None,
         target_tpot_speedup=None,
+        target_latency_speedup=None,
+        prefill_latency_share=None,
     )
     config.check_model(total)
-    needed = max(num_prefill, num_decode)
-    removable = removable_blocks(statistics, config, at_least=0 if config.max_kl is not None else needed)
+    needed = 0 if config.max_kl is not None else goal.fewest_blocks
+    removable = removable_blocks(statistics, config, at_least=needed)
     if config.relaxed_subset_rule:
         check_projectable(model, removable)
     begun = time.perf_counter()
@@ -97,14 +100,16 @@ def search_plan(
     objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
     operations = Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule)
     if needs_window:
-        # What cannot be met is found before anything is spent. With max_kl up to num_decode blocks go: a target is out
-        # of reach where it is so without all of these, and a number of token-aware blocks where it is so with them.
-        certain = config.max_kl is None or config.target_kv_reduction is not None
-        lost = operations.blocks[:num_decode] if certain else ()
+        # What cannot be met is found before anything is spent. With max_kl, and for a latency, up to num_decode_blocks
+        # go: a target is out of reach where it is so without all of these, and a number of token-aware blocks where it
+        # is so with them.
+        up_to = config.max_kl is not None or asked.target_latency_speedup is not None
+        certain = not up_to or config.target_kv_reduction is not None
+        lost = operations.blocks[: config.num_decode_blocks] if certain else ()
         TokenAwareBlocks(objective, config).check(with_removed(objective.dense_plan, (), lost))
 
-    plan, steps = _choose_blocks(objective, operations, config, may_keep_all=needs_window)
-    plans = _plans_to_try(objective, plan, steps, asked, (num_prefill, num_decode))
+    plan, steps = _choose_blocks(objective, operations, config, goal, may_keep_all=needs_window)
+    plans = _plans_to_try(objective, plan, steps, asked, goal)
     blocks = plan = plans[0]
     costs = {"blocks": objective}
     energies = {"dense": 0.0}
@@ -147,7 +152,7 @@ def search_plan(
 
 
 def _choose_blocks(
-    objective: Objective, operations: Operations, config: SearchConfig, may_keep_all: bool
+    objective: Objective, operations: Operations, config: SearchConfig, goal: RemovalGoal, may_keep_all: bool
 ) -> tuple[PruningPlan, list[Step]]:
     """
     The plan with its missing blocks, and the steps to it where the strategy goes block by block. That none can go is
@@ -163,7 +168,7 @@ def _choose_blocks(
         return simple[config.strategy](objective, operations.removable, config), []
     search = StepwiseSearch(objective, operations, config, annealing=config.strategy == "annealing")
     max_kl = math.inf if config.max_kl is None else config.max_kl
-    steps = search.run(config.num_prefill_blocks, config.num_decode_blocks, max_kl)
+    steps = search.run(goal, max_kl)
     if not steps and search.refused and not may_keep_all:
         raise ValueError(
             f"max_kl {config.max_kl} cannot be met: the best plan with one block less has KL "
@@ -173,7 +178,7 @@ def _choose_blocks(
 
 
 def _plans_to_try(
-    objective: Objective, plan: PruningPlan, steps: list[Step], asked: SearchConfig, num_blocks: tuple[int, int]
+    objective: Objective, plan: PruningPlan, steps: list[Step], asked: SearchConfig, goal: RemovalGoal
 ) -> list[PruningPlan]:
     """
     The plan that was found, and with `max_kl` those with fewer blocks gone, for where token-aware blocks take KL above
@@ -182,17 +187,12 @@ def _plans_to_try(
     plans = [plan]
     if asked.max_kl is not None and steps:
         plans += [*(step.plan for step in steps[-2::-1]), objective.dense_plan]
-    lost = [(len(tried.prefill.skipped_blocks), len(tried.decode.missing_blocks)) for tried in plans]
-    fast_enough = [
-        tried
-        for tried, (from_prefill, from_decode) in zip(plans, lost, strict=True)
-        if (asked.target_ttft_speedup is None or from_prefill >= num_blocks[0])
-        and (asked.target_tpot_speedup is None or from_decode >= num_blocks[1])
-    ]
+    fast_enough = [tried for tried in plans if goal.shortfall(tried) is None]
     if not fast_enough:
+        lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
         raise ValueError(
-            f"the speedups asked for take {num_blocks[0]} blocks from prefill and {num_blocks[1]} from decode; within "
-            f"max_kl {asked.max_kl} only {lost[0][0]} and {lost[0][1]} can go (KL {objective.energy(plan):.4f})"
+            f"{goal.shortfall(plan)}; within max_kl {asked.max_kl} only {lost[0]} and {lost[1]} can go (KL "
+            f"{objective.energy(plan):.4f})"
         )
     return fast_enough
 

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from ..plan import PruningPlan
@@ -11,6 +10,7 @@ from .block_progress import BlockProgress
 from .moves import Moves
 from .objective import Objective
 from .operations import Operations, missing_of
+from .removal_goal import RemovalGoal, Stages
 from .search_config import SearchConfig
 
 
@@ -47,8 +47,8 @@ class Step:
 
 class StepwiseSearch:
     """
-    Finds plans with one block after the other gone: first from both stages, then from decode alone; under the relaxed
-    subset rule from decode and from prefill in turns.
+    Finds plans with one block after the other gone, out of the stages that the goal says. Where it leaves that open,
+    the next block goes out of those in which the best addition to the greedy path has the least price.
 
     The greedy path, exact, takes the best addition to the plan before it each time; with removals only it is SLEB
     (arXiv 2402.09025) for each stage. With annealing there is a second path beside it: each of its steps starts from
@@ -76,11 +76,10 @@ class StepwiseSearch:
         self.refused: list[Step] = []
         self._last_cost: dict[tuple[bool, int, int | None], float] = {}
 
-    def run(self, num_prefill_blocks: int, num_decode_blocks: int, max_kl: float = math.inf) -> list[Step]:
+    def run(self, goal: RemovalGoal, max_kl: float = math.inf) -> list[Step]:
         """
         Args:
-            num_prefill_blocks (`int`): Blocks that prefill loses.
-            num_decode_blocks (`int`): Blocks that decode loses, those among them but under the relaxed subset rule.
+            goal ([`RemovalGoal`]): What each stage loses.
             max_kl (`float`, *optional*): Steps that end above it are not taken: then fewer blocks are lost.
 
         Returns:
@@ -88,15 +87,17 @@ class StepwiseSearch:
         """
         steps: list[Step] = []
         plan = greedy = self.objective.dense_plan
-        goals = num_prefill_blocks, num_decode_blocks
-        closed: set[tuple[bool, bool]] = set()  # what nothing more goes out of
-        with BlockProgress(sum(goals) if self.operations.relaxed else num_decode_blocks) as progress:
-            while stages := self._next_stages(plan, goals, closed):
-                progress.set_description(f"Blocks out of {_STAGES[stages]}")
-                if not (additions := self.operations.additions(greedy, *stages)):
-                    closed.add(stages)
+        closed: set[Stages] = set()  # what nothing more goes out of
+        with BlockProgress(goal.num_steps) as progress:
+            while candidates := goal.next_stages(plan, closed):
+                additions = {stages: self.operations.additions(greedy, *stages) for stages in candidates}
+                if exhausted := {stages for stages in candidates if not additions[stages]}:
+                    closed |= exhausted
                     continue
-                next_greedy, step = self._step(greedy, additions, plan, stages, progress)
+                self.objective.accept(greedy)
+                stages = self._cheapest(greedy, additions, goal, progress)
+                progress.set_description(f"Blocks out of {_STAGES[stages]}")
+                next_greedy, step = self._step(greedy, additions[stages], plan, stages, progress)
                 if step.energy > max_kl:
                     self.refused.append(step)
                     closed.add(stages)
@@ -107,34 +108,45 @@ class StepwiseSearch:
                 progress.set_postfix(energy=f"{step.energy:.4f}", blocks=plan.decode.missing_blocks)
         return steps
 
-    def _next_stages(
-        self, plan: PruningPlan, goals: tuple[int, int], closed: Collection[tuple[bool, bool]]
-    ) -> tuple[bool, bool] | None:
-        """Whether prefill, and whether decode, loses the next block; `None` if none does."""
-        lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
-        from_prefill, from_decode = lost[0] < goals[0], lost[1] < goals[1]
-        if not self.operations.relaxed:
-            candidates = [(True, True)] * from_prefill + [(False, True)] * from_decode
-        else:  # in turns, neither far ahead of the other: each is chosen with most of what the other will lack
-            candidates = [(False, True)] * from_decode + [(True, False)] * from_prefill
-            candidates.sort(key=lambda stages: lost[0] / goals[0] if stages[0] else lost[1] / goals[1])
-        return next((stages for stages in candidates if stages not in closed), None)
+    def _cheapest(
+        self,
+        greedy: PruningPlan,
+        additions: dict[Stages, list[PruningPlan]],
+        goal: RemovalGoal,
+        progress: BlockProgress,
+    ) -> Stages:
+        """What the next block goes out of."""
+        if len(additions) == 1:
+            return next(iter(additions))
+        progress.set_description("Blocks out of either stage")
+        energy, prices = self.objective.energy(greedy), {}
+        for stages, plans in additions.items():
+            best, best_energy = self.objective.best_of(plans, progress.update)
+            prices[stages] = goal.price(greedy, best, best_energy - energy)
+        cheapest = min(prices, key=prices.get)
+        # The step counts its own.
+        others = {stages: plans for stages, plans in additions.items() if stages != cheapest}
+        self.plain_block_tokens += sum(self._plain_block_tokens(greedy, others[stages], stages) for stages in others)
+        return cheapest
+
+    def _plain_block_tokens(self, greedy: PruningPlan, additions: list[PruningPlan], stages: Stages) -> int:
+        """What a plain greedy loop spends on a step."""
+        shortened = greedy.decode if stages[1] else greedy.prefill
+        left = sum(block not in shortened.skipped_blocks for block in self.operations.removable)
+        return left * self.objective.plain_block_tokens(additions[0])
 
     def _step(
         self,
         greedy: PruningPlan,
         additions: list[PruningPlan],
         plan: PruningPlan,
-        stages: tuple[bool, bool],
+        stages: Stages,
         progress: BlockProgress,
     ) -> tuple[PruningPlan, Step]:
         """The greedy plan with one block less, and the step of the path beside it."""
         objective, operations = self.objective, self.operations
-        shortened = greedy.decode if stages[1] else greedy.prefill
-        left = sum(block not in shortened.skipped_blocks for block in operations.removable)
-        plain = left * objective.plain_block_tokens(additions[0])
+        plain = self._plain_block_tokens(greedy, additions, stages)
         self.plain_block_tokens += plain
-        objective.accept(greedy)
         start, greedy_energy = objective.best_of(additions, progress.update)
         self._note(greedy, additions)
         best, energy = start, greedy_energy
@@ -163,7 +175,7 @@ class StepwiseSearch:
                 self._last_cost[_added(plan, addition)] = max(bound - energy, 0.0)
 
     def _anneal(
-        self, greedy: PruningPlan, plan: PruningPlan, stages: tuple[bool, bool], budget: int, progress: BlockProgress
+        self, greedy: PruningPlan, plan: PruningPlan, stages: Stages, budget: int, progress: BlockProgress
     ) -> PruningPlan:
         """The best of some annealings, from `greedy` or the best addition to `plan`."""
         objective, config, begun = self.objective, self.config, self.objective.cost.total

@@ -1,0 +1,110 @@
+"""LatencyGoal: a faster answer, from whichever stage's blocks cost least for the time that they save."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from ..blocks import get_blocks
+from ..plan import PruningPlan
+from ..projected_blocks import idle_layers
+from ..spread_weights import num_parameters
+from .removal_goal import RemovalGoal, Stages
+
+
+class LatencyGoal(RemovalGoal):
+    """
+    An answer that is faster than the dense model's, from the first token of its prompt to its own last one. The split
+    between the stages is left to the search: each block goes out of the stages where it costs least KL for the time
+    that it saves, of which no more counts than is still to be saved.
+
+    Prefill's time goes by the parameters of its blocks, that of decode steps by those of blocks and LM head, which are
+    read for every token. Of a block that prefill projects, keys and values still take theirs. What a shorter KV cache
+    saves comes on top.
+
+    Args:
+        model (`nn.Module`): The dense model.
+        speedup (`float`): How many times faster the answer is to be, at least.
+        prefill_share (`float`): Prefill's share of the dense model's latency, 0 to 1.
+        relaxed (`bool`, defaults to `False`): Whether prefill may lose blocks that decode keeps. Else a block goes out
+            of both stages or of decode alone.
+        num_protected_blocks (`int`, defaults to `0`): Blocks that may not be removed.
+
+    Raises:
+        `ValueError`: If the answer cannot be so much faster.
+    """
+
+    num_steps = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        speedup: float,
+        prefill_share: float,
+        relaxed: bool = False,
+        num_protected_blocks: int = 0,
+    ):
+        self.speedup = speedup
+        self.prefill_share = prefill_share
+        self.relaxed = relaxed
+        self.sizes = [num_parameters(block) for block in get_blocks(model)]
+        self.idle_sizes = idle_sizes(model) if relaxed else []
+        self.decode_size = sum(self.sizes) + head_size(model)
+        most = min(max(len(self.sizes) - num_protected_blocks, 0), len(self.sizes) - 1)
+        self.num_prefill_blocks = self.num_decode_blocks = most
+        self.fewest_blocks = self._fewest_blocks(most)
+
+    def latency(self, plan: PruningPlan) -> float:
+        """Time of an answer, as a part of the dense model's."""
+        gone = sum(self.sizes[block] for block in plan.prefill.missing_blocks)
+        idle = sum(self.idle_sizes[block] for block in plan.prefill.projected_blocks)
+        prefill = 1 - (gone + idle) / sum(self.sizes)
+        decode = 1 - sum(self.sizes[block] for block in plan.decode.missing_blocks) / self.decode_size
+        return self.prefill_share * prefill + (1 - self.prefill_share) * decode
+
+    def next_stages(self, plan: PruningPlan, closed: Collection[Stages] = ()) -> list[Stages]:
+        if self._left(plan) <= 0:
+            return []
+        candidates = [(True, False), (False, True)] if self.relaxed else [(True, True), (False, True)]
+        # What saves nothing is left alone.
+        useful = [(p, d) for p, d in candidates if (p and self.prefill_share > 0) or (d and self.prefill_share < 1)]
+        return [stages for stages in useful if stages not in closed]
+
+    def price(self, before: PruningPlan, after: PruningPlan, kl: float) -> float:
+        return kl / min(self.latency(before) - self.latency(after), self._left(before))
+
+    def shortfall(self, plan: PruningPlan) -> str | None:
+        if self._left(plan) <= 0:
+            return None
+        return f"target_latency_speedup {self.speedup} is not met, {1 / self.latency(plan):.2f} is reached"
+
+    def _left(self, plan: PruningPlan) -> float:
+        """What is still to be saved, as a part of the dense model's latency."""
+        # Speedups are given as rounded numbers.
+        return self.latency(plan) - 1 / self.speedup - 1e-9
+
+    def _fewest_blocks(self, most: int) -> int:
+        """The fewest blocks of mean size without which, in both stages, the goal is reached."""
+        mean, total = sum(self.sizes) / len(self.sizes), sum(self.sizes)
+        share = self.prefill_share * mean / total + (1 - self.prefill_share) * mean / self.decode_size
+        for count in range(most + 1):
+            if 1 - count * share <= 1 / self.speedup + 1e-9:
+                return count
+        raise ValueError(
+            f"target_latency_speedup {self.speedup} cannot be met: without all {most} blocks that are not protected "
+            f"it is {1 / (1 - most * share):.2f}"
+        )
+
+
+def head_size(model: nn.Module) -> int:
+    """Parameters of the LM head, tied to the embeddings or not."""
+    head = model.get_output_embeddings()
+    return 0 if head is None else num_parameters(head)
+
+
+def idle_sizes(model: nn.Module) -> list[int]:
+    """By block, the parameters that are left out where it is projected."""
+    sizes = []
+    for number, block in enumerate(get_blocks(model)):
+        idle = [block.get_submodule(name) for name in idle_layers(model, number)]
+        sizes.append(sum(map(num_parameters, idle)))
+    return sizes
