@@ -282,3 +282,14 @@ class TestSettingsPerBlock:
         config = AutoConfig.for_model("llama", num_hidden_layers=3)
         config.eos_token_id = [1, 2, 3]
         assert shortened_config(config, (0, 2)).eos_token_id == [1, 2, 3]
+
+
+def test_blocks_are_found_again_where_a_model_was_changed(tiny_llama):
+    blocks = tiny_llama.model.layers
+    assert get_blocks(tiny_llama) is blocks
+    tiny_llama.decoder, tiny_llama.model.layers = torch.nn.Module(), None
+    tiny_llama.decoder.blocks = blocks
+    assert blocks_path(tiny_llama) == "decoder.blocks" and get_blocks(tiny_llama) is blocks
+    tiny_llama.config.num_hidden_layers += 1
+    with pytest.raises(ValueError, match="has no list of 7 decoder blocks"):
+        blocks_path(tiny_llama)

@@ -19,12 +19,23 @@ def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     Raises:
         `ValueError`: If peft trains copies of whole modules or tokens, which are no adapters of a layer.
     """
-    layers = {}
-    for name, module in model.named_modules():
+    layers, seen = {}, set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        # What named_modules does, without its nested generators: it runs with every prompt and in every step.
+        if module in seen:
+            return
+        seen.add(module)
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"modules_to_save and trainable_token_indices are not supported (found at {name})")
         if isinstance(module, BaseTunerLayer):
             layers[name] = module
+        prefix = f"{name}." if name else ""
+        for child, submodule in module._modules.items():
+            if submodule is not None:
+                visit(prefix + child, submodule)
+
+    visit("", model)
     return layers
 
 

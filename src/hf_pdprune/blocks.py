@@ -3,7 +3,7 @@
 import copy
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -47,10 +47,17 @@ def blocks_path(model: nn.Module) -> str:
         `ValueError`: If there is no such list, so that no block could be removed.
     """
     expected = num_blocks(model.config)
+    # Asked for with every prompt and in every step.
+    if (known := model.__dict__.get("_pdprune_blocks_path")) is not None:
+        with suppress(AttributeError):
+            module = model.get_submodule(known)
+            if isinstance(module, nn.ModuleList) and len(module) == expected:
+                return known
     level = [("", model)]
     while level:  # level by level: what lies within the blocks need not be looked at
         for path, module in level:
             if isinstance(module, nn.ModuleList) and len(module) == expected:
+                model.__dict__["_pdprune_blocks_path"] = path
                 return path
         level = [
             (f"{path}.{name}".lstrip("."), child) for path, module in level for name, child in module.named_children()
@@ -209,12 +216,12 @@ def bypass_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
     Raises:
         `ValueError`: If a number is out of range or named twice.
     """
+    if not (blocks := tuple(blocks)):
+        yield
+        return
     block_list = get_blocks(model)
     numbers = check_block_numbers(blocks, len(block_list), "bypass_blocks")
     check_kv_is_computed(model.config, numbers)
-    if not numbers:
-        yield
-        return
     num_outputs = num_block_outputs(model)
     originals = {number: block_list[number] for number in numbers}
     try:

@@ -115,11 +115,11 @@ def project_blocks(model: nn.Module, blocks: Iterable[int]) -> Iterator[None]:
     Raises:
         `ValueError`: If a number is out of range or named twice, or if a block has no attention with a KV cache.
     """
-    block_list = get_blocks(model)
-    numbers = check_block_numbers(blocks, len(block_list), "project_blocks")
-    if not numbers:
+    if not (blocks := tuple(blocks)):
         yield
         return
+    block_list = get_blocks(model)
+    numbers = check_block_numbers(blocks, len(block_list), "project_blocks")
     num_outputs = num_block_outputs(model)
     originals = {number: block_list[number] for number in numbers}
     stand_ins = {number: ProjectedBlock(block, num_outputs) for number, block in originals.items()}

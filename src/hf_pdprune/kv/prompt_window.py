@@ -115,6 +115,8 @@ class PromptWindow:
 
     def _columns_of(self, tokens: int, device: torch.device) -> torch.Tensor:
         """Kept columns among `tokens` columns, of which everything after the prompt is kept."""
-        since = torch.arange(self.prompt_tokens, tokens, device=device)
         columns = self.columns.to(device)
+        if tokens == self.prompt_tokens:  # as where the prompt is cut, keys and values of every block
+            return columns
+        since = torch.arange(self.prompt_tokens, tokens, device=device)
         return torch.cat([columns, since.expand(*columns.shape[:-1], -1)], dim=-1)

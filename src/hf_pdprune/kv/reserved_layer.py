@@ -40,19 +40,22 @@ class ReservedLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized or self.keys.dim() < 4 or _needs_gradient(key_states, value_states, self.keys):
+        # Each line runs once per block and token, where a small model waits for the host: no loops, few views.
+        if not self.is_initialized or _needs_gradient(key_states, value_states, self.keys) or self.keys.dim() < 4:
             self._reserve = self._filled = None
             return super().update(key_states, value_states)
         held, new = self.keys.shape[-2], key_states.shape[-2]
-        if not self._appends_in_place or held + new > self._reserve[0].shape[-2]:
+        total = held + new
+        if not self._appends_in_place or total > self._reserve[0].shape[-2]:
             reserve = min(max(held // 8, _LEAST_RESERVE), _MOST_RESERVE)
             # After a long piece, a chunk of a prompt, another of its kind would not fit anyway.
-            tokens = held + new + (reserve if new < reserve else 0)
-            self._reserve = tuple(_grown(states, tokens) for states in (self.keys, self.values))
-        for reserve, states in zip(self._reserve, (key_states, value_states), strict=True):
-            reserve[:, :, held : held + new] = states
-        self.keys, self.values = (reserve[:, :, : held + new] for reserve in self._reserve)
-        self._filled = self.keys
+            tokens = total + (reserve if new < reserve else 0)
+            self._reserve = _grown(self.keys, tokens), _grown(self.values, tokens)
+        keys, values = self._reserve
+        keys.narrow(-2, held, new).copy_(key_states)
+        values.narrow(-2, held, new).copy_(value_states)
+        self.keys = self._filled = keys.narrow(-2, 0, total)
+        self.values = values.narrow(-2, 0, total)
         return self.keys, self.values
 
     def crop(self, tokens_to_remove: int) -> None:
