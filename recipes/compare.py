@@ -25,6 +25,9 @@ class CompareArguments:
     runs: list[str] = field(metadata={"help": "Folders, or name=folder."})
     output: str = field(default="outputs/comparison.md", metadata={"help": "The Markdown file to write."})
     title: str = field(default="Results", metadata={"help": "Its heading."})
+    notes: str | None = field(
+        default=None, metadata={"help": "A Markdown file that is put below the comparison: what it says, in words."}
+    )
 
 
 def main(args: CompareArguments) -> None:
@@ -35,7 +38,8 @@ def main(args: CompareArguments) -> None:
         if name in folders:
             raise ValueError(f"runs: two are called {name!r}; call one otherwise with name=folder")
         folders[name] = folder
-    print(compare_runs(folders, args.output, args.title), "\n")
+    notes = "" if args.notes is None else Path(args.notes).read_text(encoding="utf-8")
+    print(compare_runs(folders, args.output, args.title, notes), "\n")
     print(json.dumps({"output": args.output, "runs": list(folders)}))
 
 

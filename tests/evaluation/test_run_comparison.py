@@ -92,6 +92,15 @@ def test_runs_stand_side_by_side(tmp_path):
     assert (tmp_path / "docs" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_notes_stand_between_the_comparison_and_the_runs(tmp_path):
+    folders = {"mild": write_run(tmp_path / "a", 0.4, 0.9), "strong": write_run(tmp_path / "b", 1.2, 0.7)}
+    compare_runs(folders, tmp_path / "plain.md")
+    compare_runs(folders, tmp_path / "noted.md", notes="## What it says\n\nMild is better.\n")
+    plain, noted = (path.read_text() for path in (tmp_path / "plain.md", tmp_path / "noted.md"))
+    assert "no number is typed in.\n" in plain and "no number is typed in, but for the notes.\n" in noted
+    assert "(noted.png)\n\n## What it says\n\nMild is better.\n\n## mild\n" in noted
+
+
 def test_a_study_alone_has_its_tables(tmp_path):
     rows = RowFile(tmp_path / "study" / "ablation.jsonl")
     rows.add(

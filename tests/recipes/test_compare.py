@@ -19,3 +19,14 @@ def test_runs_by_folder_and_by_name(recipe, tmp_path, capsys):
     assert "## second" in output.read_text()
     with pytest.raises(ValueError, match="two are called 'a'"):
         recipe.main(recipe.CompareArguments([str(tmp_path / "a"), f"a={tmp_path / 'b'}"], str(output)))
+
+
+def test_notes_come_from_a_file(recipe, tmp_path):
+    write_results(tmp_path / "a", {"quality": {"healed": {"kl": 0.5}}})
+    (tmp_path / "notes.md").write_text("What it says: KL ist größer.\n", encoding="utf-8")
+    output = tmp_path / "comparison.md"
+    options = {"runs": [str(tmp_path / "a")], "output": str(output)}
+    recipe.main(recipe.CompareArguments(**options, notes=str(tmp_path / "notes.md")))
+    assert "KL ist größer." in output.read_text(encoding="utf-8")
+    with pytest.raises(FileNotFoundError):
+        recipe.main(recipe.CompareArguments(**options, notes=str(tmp_path / "none.md")))

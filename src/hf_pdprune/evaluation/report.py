@@ -146,8 +146,8 @@ def report_text(
         lines += [ResultTable.of_speed_cases(cases).to_markdown(), ""]
         lines += [
             f"Latency and throughput of an answer of {cases[0]['latency']['answer_tokens']} tokens: TTFT and the TPOT "
-            "that follow, without the time on a link. Prefill's share of the dense model's latency is what a search for "
-            "a `target_latency_speedup` wants to know.",
+            "that follow, without the time on a link. A search for a `target_latency_speedup` wants to know prefill's "
+            "share of the dense model's.",
             "",
             ResultTable.of_roofline(cases).to_markdown(),
             "",

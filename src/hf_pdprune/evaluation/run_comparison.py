@@ -25,6 +25,10 @@ _RUNS = (
     "per completion token of held-out text: before healing on that of the main job, else on what the run was "
     "evaluated on."
 )
+_SPEEDS = {
+    "ttft_ratio": "time to first token, pruned / dense",
+    "tpot_ratio": "time per output token, pruned / dense",
+}
 _SEARCHES = (
     "The same blocks are missing in both stages, and nothing is healed. KL in nats per completion token, means over "
     "seeds; spread: largest less smallest, of the mean, on the first held-out text; overlap: share of missing blocks "
@@ -120,7 +124,9 @@ class Run:
         ]
 
 
-def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.PathLike, title: str = "Results") -> str:
+def compare_runs(
+    folders: Mapping[str, str | os.PathLike], output: str | os.PathLike, title: str = "Results", notes: str = ""
+) -> str:
     """
     Writes a comparison of runs as Markdown, and a picture beside it where two or more have KL and TPOT.
 
@@ -128,6 +134,7 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
         folders (`Mapping[str, str]`): Folder of each run, by the name that it has in the tables.
         output (`str`): The Markdown file.
         title (`str`): Its heading.
+        notes (`str`, *optional*): Markdown that stands below the comparison, before the runs by themselves.
 
     Returns:
         `str`: The table of runs, for a terminal.
@@ -141,7 +148,8 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     header += ["accuracy dense", "pruned", "difference"]
     pairs = [run for run in runs if run.plan is not None and run.results]
     table = ResultTable([[*header, "TTFT ratio", "TPOT ratio", "KV fewer"], *(run.summary() for run in pairs)])
-    lines = [f"# {title}", "", "Made by `recipes/compare.py` from the artefacts of runs; no number is typed in.", ""]
+    made = "Made by `recipes/compare.py` from the artefacts of runs; no number is typed in"
+    lines = [f"# {title}", "", made + (", but for the notes." if notes else "."), ""]
     if pairs:
         table = table.without_empty_columns()
         lines += [table.to_markdown(), ""]
@@ -153,7 +161,9 @@ def compare_runs(folders: Mapping[str, str | os.PathLike], output: str | os.Path
     picture = output.with_suffix(".png")
     output.parent.mkdir(parents=True, exist_ok=True)
     if plot_runs(runs, picture) is not None:
-        lines += [f"![KL over TPOT]({picture.name})", ""]
+        lines += [f"![KL over TTFT and TPOT]({picture.name})", ""]
+    if notes:
+        lines += [notes.strip(), ""]
     for run in runs:
         lines += [f"## {run.name}", "", *_details(run)]
     write_artefact(output, "\n".join(lines).rstrip() + "\n")
@@ -222,28 +232,28 @@ def _details(run: Run) -> list[str]:
 
 def plot_runs(runs: Sequence[Run], path: str | os.PathLike) -> Path | None:
     """
-    Draws KL over TPOT, a point per run; `None` where fewer than two runs have both.
+    Draws KL over TTFT and over TPOT, a point per run; `None` where fewer than two runs have all three.
 
     Raises:
         `ImportError`: If matplotlib is not installed.
     """
-    points = [(run.results["speed"]["tpot_ratio"], run.kl, run.name) for run in runs if "speed" in run.results]
-    points = [point for point in points if point[1] is not None]
-    if len(points) < 2:
+    runs = [run for run in runs if "speed" in run.results and run.kl is not None]
+    if len(runs) < 2:
         return None
-    figure = new_figure(6.4, 4.2)
-    axes = figure.subplots()
-    axes.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), color="#2f6fb0", s=36, zorder=2)
-    for x, y, name in points:
-        axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)
-    axes.scatter([1], [0], color="#33475b", s=36, zorder=2, clip_on=False)
-    axes.annotate("dense", (1, 0), (-5, 5), textcoords="offset points", fontsize=8, ha="right")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.12, y=0.12)
-    axes.set_xlabel("time per output token, pruned / dense", fontsize=9)
-    axes.set_ylabel("KL to dense (nats per token)", fontsize=9)
-    axes.tick_params(labelsize=8)
-    axes.grid(color="#e5e5e5", linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = new_figure(9.6, 4.2)
+    for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), _SPEEDS.items(), strict=True):
+        points = [(run.results["speed"][key], run.kl, run.name) for run in runs]
+        axes.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), color="#2f6fb0", s=36, zorder=2)
+        for x, y, name in points:
+            axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)
+        axes.scatter([1], [0], color="#33475b", s=36, zorder=2, clip_on=False)
+        axes.annotate("dense", (1, 0), (-5, 5), textcoords="offset points", fontsize=8, ha="right")
+        axes.set_ylim(bottom=0)
+        axes.margins(x=0.25, y=0.12)
+        axes.set_xlabel(label, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e5e5e5", linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("KL to dense (nats per token)", fontsize=9)
     return save_figure(figure, path)
