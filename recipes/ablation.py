@@ -30,7 +30,7 @@ from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import write_artefact
-from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.data import PromptCompletionCollator, load_text, public_name, tokenize_examples
 from hf_pdprune.evaluation import evaluate_quality
 from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_tables
 from hf_pdprune.evaluation.ablation_variants import SPLITS, AblationVariants
@@ -224,9 +224,8 @@ class Study:
         args = self.args
         rows = load_text(args.calibration_dataset, args.calibration_split, subset=args.calibration_subset)
         lengths = (args.calibration_prompt_tokens, args.calibration_completion_tokens, args.calibration_examples)
-        return Calibration.from_rows(
-            self.dense, self.tokenizer, rows, *lengths, batch_size=args.batch_size, name=args.calibration_dataset
-        )
+        name = public_name(args.calibration_dataset)
+        return Calibration.from_rows(self.dense, self.tokenizer, rows, *lengths, batch_size=args.batch_size, name=name)
 
     @cached_property
     def statistics(self) -> BlockStatistics:

@@ -26,7 +26,7 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.blocks import num_blocks
-from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples, tokenize_rows
+from hf_pdprune.data import PromptCompletionCollator, load_text, public_name, tokenize_examples, tokenize_rows
 from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
@@ -271,7 +271,7 @@ def search(
                 args.calibration_completion_tokens,
                 max_examples,
                 batch_size=args.batch_size,
-                name=args.calibration_dataset,
+                name=public_name(args.calibration_dataset),
             )
         except ValueError as error:
             raise ValueError(f"calibration_dataset {args.calibration_dataset!r}: {error}") from error

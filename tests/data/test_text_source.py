@@ -5,7 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from hf_pdprune.data import PYDOC_TOPICS, load_text
+from hf_pdprune.data import PYDOC_TOPICS, load_text, public_name
 
 
 def write_jsonl(path, rows):
@@ -299,3 +299,11 @@ def test_evaluation_samples():
         assert calibration.column_names in (["text"], ["prompt", "completion"])
         first = calibration.column_names[0]
         assert not set(map(str, calibration.to_list())) & set(map(str, validation.to_list())), first
+
+
+def test_artefacts_name_no_folders(tmp_path, monkeypatch):
+    (tmp_path / "mine.calibration.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    file = str(tmp_path / "mine.calibration.jsonl")
+    assert public_name(f"{file}, org/data,pydoc-topics") == "mine.calibration.jsonl,org/data,pydoc-topics"
+    assert public_name(str(tmp_path)) == public_name(".") == tmp_path.name

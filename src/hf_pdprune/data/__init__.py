@@ -1,7 +1,7 @@
 from .packed_tokens import pack_tokens, tokenize_rows
 from .prompt_completion import PromptCompletionCollator, tokenize_examples
 from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS
-from .text_source import load_text, single_sources
+from .text_source import load_text, public_name, single_sources
 
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PromptCompletionCollator",
     "load_text",
     "pack_tokens",
+    "public_name",
     "single_sources",
     "tokenize_examples",
     "tokenize_rows",

@@ -91,6 +91,12 @@ def single_sources(source: str, split: str, subset: str | None = None) -> list[s
     return names
 
 
+def public_name(source: str) -> str:
+    """What a source is called in artefacts, which others read: of a path its last part alone."""
+    paths = {name: Path(name).expanduser() for name in _joined(source)}
+    return ",".join(path.resolve().name if path.exists() else name for name, path in paths.items())
+
+
 def _joined(source: str) -> list[str]:
     # A path may contain a comma.
     names = [source] if Path(source).expanduser().exists() else [part.strip() for part in source.split(",")]
