@@ -46,7 +46,7 @@ from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.kv import QUANTIZATIONS
-from hf_pdprune.pair_layout import stage_folders
+from hf_pdprune.pair_layout import STAGES, stage_folders
 
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
@@ -97,6 +97,13 @@ class EvaluateArguments(OverlapConfig):
     text_examples: int = field(default=24, metadata={"help": "Examples used of it."})
     text_prompt_tokens: int = field(default=320, metadata={"help": "Prompt tokens of an example."})
     text_completion_tokens: int = field(default=64, metadata={"help": "Completion tokens of an example."})
+    first_token: str = field(
+        default="prefill",
+        metadata={
+            "help": "Which stage predicts the first token of an answer. decode reads the prompt's last token for it.",
+            "choices": list(STAGES),
+        },
+    )
     quantizations: list[str] = field(
         default_factory=list,
         metadata={"help": "fp8, int8, int4: on text, payloads of so few bits are measured, too."},
@@ -113,6 +120,8 @@ class EvaluateArguments(OverlapConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.text_dataset is not None and self.text_dataset.lower() == "none":
             self.text_dataset = None
+        if self.first_token not in STAGES:
+            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
         for kind in self.quantizations:
             if kind not in QUANTIZATIONS:
                 raise ValueError(f"quantizations must be of {', '.join(QUANTIZATIONS)}, got {kind!r}")
@@ -149,18 +158,21 @@ class Models:
 
     @cached_property
     def pruned(self) -> PDPruneLM:
-        return PDPruneLM(self.args.stages, tokenizer=self.tokenizer, **self.kwargs)
+        first_token = self.args.first_token
+        return PDPruneLM(self.args.stages, tokenizer=self.tokenizer, first_token=first_token, **self.kwargs)
 
     @cached_property
     def identities(self) -> dict[str, dict[str, str]]:
         """What tells models apart whose results may differ, without loading them."""
         fingerprint = read_json(stage_folders(self.args.stages)["prefill"] / "config.json").get("pdprune", {})
+        first_token = {} if self.args.first_token == "prefill" else {"first_token": self.args.first_token}
         return {
             "dense": {"dense": self.dense_name, "dtype": self._dtype()},
             "pruned": {
                 "plan": self.plan.digest,
                 "fingerprint": fingerprint.get("fingerprint", ""),
                 "dtype": self._dtype(),
+                **first_token,
             },
         }
 
@@ -190,7 +202,7 @@ def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
         args.text_completion_tokens,
         args.text_examples,
     )
-    collator = PromptCompletionCollator(models.tokenizer.pad_token_id)
+    collator = PromptCompletionCollator(models.tokenizer.pad_token_id, first_token=args.first_token)
     size = args.batch_size
     batches = [collator(examples[begin : begin + size]) for begin in range(0, len(examples), size)]
     dense, prefill, decode = models.dense.prefill.model, models.pruned.prefill, models.pruned.decode

@@ -68,6 +68,19 @@ class TestCollator:
         assert max(first) > 53
         assert cuts(rows, seed=1) != first
 
+    def test_decode_reads_the_last_prompt_token_where_the_first_one_is_left_to_it(self):
+        rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 10, 11, 12, 13]}]
+        plain, left = (PromptCompletionCollator(0, first_token=stage)(rows) for stage in ("prefill", "decode"))
+        for name in ("ids", "mask"):
+            assert torch.equal(left[f"prompt_{name}"], plain[f"prompt_{name}"][:, :-1])
+            moved = torch.cat([plain[f"prompt_{name}"][:, -1:], plain[f"completion_{name}"]], dim=1)
+            assert torch.equal(left[f"completion_{name}"], moved)
+        assert torch.equal(left["labels"][:, 1:], plain["labels"]) and (left["labels"][:, 0] == -100).all()
+        with pytest.raises(ValueError, match="a prompt of one token leaves prefill nothing"):
+            PromptCompletionCollator(0, first_token="decode")([{"input_ids": [5, 6], "labels": [-100, 6]}])
+        with pytest.raises(ValueError, match="first_token must be prefill or decode, got 'both'"):
+            PromptCompletionCollator(0, first_token="both")
+
     @pytest.mark.parametrize(
         ("row", "message"),
         [

@@ -54,6 +54,21 @@ def test_scores_are_those_of_the_disaggregated_forward(tiny_llama, plan, batch_s
         assert score.log_likelihood == pytest.approx(total, abs=1e-4) and score.is_greedy == greedy
 
 
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_decode_can_predict_the_first_token(tiny_llama, plan, batch_size):
+    stages = pair(tiny_llama, plan)
+    requests = [*REQUESTS, (CONTEXTS[0][:1], random_ids(3, 7))]
+    scores = sorted(ContinuationScorer(*stages, batch_size, first_token="decode").score(requests))
+    for score, (context, continuation) in zip(scores, requests, strict=True):
+        read = context[-1:] if len(context) > 1 else []  # a context of one token is prefill's
+        total, _ = reference(stages, context[: len(context) - len(read)] if read else context, read + continuation)
+        before = reference(stages, context[:-1], read)[0] if read else 0.0
+        assert score.log_likelihood == pytest.approx(total - before, abs=1e-4)
+    plain = sorted(ContinuationScorer(*stages, batch_size).score(requests))
+    differs = [abs(a.log_likelihood - b.log_likelihood) > 1e-4 for a, b in zip(scores, plain, strict=True)]
+    assert all(differs[:-1]) and not differs[-1]
+
+
 def test_checkpoints_give_what_views_give(tiny_llama, plan):
     checkpoints = (
         PrefillStage(build_stage(tiny_llama, plan, "prefill"), plan),

@@ -147,16 +147,18 @@ def test_command_line(dense, plan, tiny_tokenizer, tmp_path, monkeypatch, capsys
     assert "|local_piqa|" in capsys.readouterr().out
 
 
-def test_generation_is_that_of_the_stages(dense, plan, tiny_tokenizer):
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_generation_is_that_of_the_stages(dense, plan, tiny_tokenizer, first_token):
     prefill, decode = PrefillStage(dense, plan), DecodeStage(dense, plan)
-    lm = PDPruneLM(prefill=prefill, decode=decode, tokenizer=tiny_tokenizer, batch_size=2)
+    lm = PDPruneLM(prefill=prefill, decode=decode, tokenizer=tiny_tokenizer, batch_size=2, first_token=first_token)
     contexts = [text(i, 6 + 2 * i) for i in range(3)]
     stop = "q"
     requests = [Instance("generate_until", {}, (c, {"until": [stop], "max_gen_toks": 12}), 0) for c in contexts]
     answers = lm.generate_until(requests, disable_tqdm=True)
     for context, answer in zip(contexts, answers, strict=True):
         ids = tiny_tokenizer(context, return_tensors="pt").input_ids
-        whole = decode.generate(prefill(ids, do_sample=False), max_new_tokens=12, do_sample=False)
+        payload = prefill(ids, do_sample=False, first_token=first_token)
+        whole = decode.generate(payload, max_new_tokens=12, do_sample=False)
         expected = tiny_tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
         assert answer == expected.split(stop)[0]
 

@@ -118,6 +118,24 @@ def test_quantised_payloads_beside_the_plain_ones(recipe, options, capsys):
         recipe.EvaluateArguments(stages="x", quantizations=["int2"])
 
 
+def test_the_first_token_can_be_left_to_decode(recipe, options):
+    found = {}
+    for stage in ("prefill", "decode", "prefill"):
+        run(recipe, options, tasks="piqa", limit=3, first_token=stage)
+        results = read_results(options["stages"])
+        found.setdefault(stage, results["quality_of_stages"])
+        assert found[stage] == results["quality_of_stages"]  # the other's results are not taken for its own
+    dense, pruned = ([found[stage][name] for stage in found] for name in ("dense", "pruned"))
+    assert dense[0]["perplexity"] == pytest.approx(dense[1]["perplexity"], rel=1e-5)
+    assert pruned[0]["tokens"] == pruned[1]["tokens"]
+    assert pruned[0]["kl_prefill"] != pytest.approx(pruned[1]["kl_prefill"], rel=1e-3)
+    assert pruned[0]["kl_stderr"] == pytest.approx(pruned[1]["kl_stderr"], rel=1.0)  # of as many examples
+    rows = [json.loads(line) for line in (options["stages"] / "evaluation.jsonl").read_text().splitlines()]
+    assert len(rows) == 5  # piqa of the dense model, of the pair twice; text twice
+    with pytest.raises(ValueError, match="first_token must be prefill or decode"):
+        recipe.EvaluateArguments(stages="x", first_token="both")
+
+
 def test_a_report_has_the_parts_of_the_last_command_alone(recipe, options):
     write_results(options["stages"], {"handover": {"nbytes": 7}})
     run(recipe, options, tasks="piqa", limit=2)

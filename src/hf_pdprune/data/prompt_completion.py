@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..pair_layout import STAGES
+
 
 IGNORED_LABEL = -100
 
@@ -90,11 +92,21 @@ class PromptCompletionCollator:
         pad_token_id (`int`): Fills up the rows; masked everywhere.
         seed (`int`, defaults to 0): Other seeds cut plain text at other places.
         min_completion_tokens (`int`, defaults to 1): To which completions are padded at least.
+        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first completion token. `"decode"`: the
+            completion begins with the last token of the prompt, without a label, which decode then reads.
+
+    Raises:
+        `ValueError`: If `first_token` is neither stage.
     """
 
     pad_token_id: int
     seed: int = 0
     min_completion_tokens: int = 1
+    first_token: str = "prefill"
+
+    def __post_init__(self):
+        if self.first_token not in STAGES:
+            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
@@ -106,12 +118,21 @@ class PromptCompletionCollator:
             `completion_ids`, `completion_mask`, `labels` of shape `(batch_size, completion_tokens)`.
 
         Raises:
-            `ValueError`: If a row has no completion token, or no prompt token.
+            `ValueError`: If a row has no completion token, or no prompt token, or one where decode is to read it.
         """
         cuts = [self._cut(row) for row in rows]
         prompts = [list(row["input_ids"][:cut]) for row, cut in zip(rows, cuts, strict=True)]
         completions = [list(row["input_ids"][cut:]) for row, cut in zip(rows, cuts, strict=True)]
         labels = [list(row.get("labels", row["input_ids"])[cut:]) for row, cut in zip(rows, cuts, strict=True)]
+        if self.first_token == "decode":
+            if min(cuts) < 2:
+                raise ValueError(
+                    "a prompt of one token leaves prefill nothing to read where decode reads the last one"
+                )
+            completions = [
+                [prompt.pop(), *completion] for prompt, completion in zip(prompts, completions, strict=True)
+            ]
+            labels = [[IGNORED_LABEL, *row] for row in labels]
         prompt_width = max(map(len, prompts))
         width = max(self.min_completion_tokens, *map(len, completions))
         return {

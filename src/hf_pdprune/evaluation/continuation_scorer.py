@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..inference import DecodeStage, PrefillStage
 from ..inference.stage import position_ids
 from ..kv import KVPayload, TokenAwareCache
+from ..pair_layout import STAGES
 
 
 class Score(NamedTuple):
@@ -29,7 +30,8 @@ class Score(NamedTuple):
 class ContinuationScorer:
     """
     Scores continuations the way a pair of stages is deployed: prefill reads the context and predicts the first token
-    of the continuation, decode predicts the others on the KV entries that the plan hands over.
+    of the continuation, unless that is left to decode, which predicts the others on the KV entries that the plan hands
+    over.
 
     A context that several continuations share (the answers of a multiple choice) is read once. Contexts of about equal
     length are read together, and continuations of about equal length scored together.
@@ -39,6 +41,8 @@ class ContinuationScorer:
         decode ([`DecodeStage`]): Scores the continuations from their second token on.
         batch_size (`int`, defaults to 8): Contexts, and then continuations, per forward.
         pad_token_id (`int`, defaults to 0): Fills up rows; masked everywhere.
+        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first token of a continuation. For
+            `"decode"` it reads the last token of the context; one of a single token is prefill's all the same.
 
     Example:
 
@@ -49,9 +53,19 @@ class ContinuationScorer:
     ```
     """
 
-    def __init__(self, prefill: PrefillStage, decode: DecodeStage, batch_size: int = 8, pad_token_id: int = 0):
+    def __init__(
+        self,
+        prefill: PrefillStage,
+        decode: DecodeStage,
+        batch_size: int = 8,
+        pad_token_id: int = 0,
+        first_token: str = "prefill",
+    ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if first_token not in STAGES:
+            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {first_token!r}")
+        self.first_token = first_token
         self.prefill = prefill
         self.decode = decode
         self.batch_size = batch_size
@@ -69,10 +83,18 @@ class ContinuationScorer:
             `ValueError`: If a context or a continuation is empty.
         """
         continuations: dict[tuple[int, ...], list[int]] = {}
+        all_texts: list[Sequence[int]] = []
+        begins: list[
+            int
+        ] = []  # where of its text the scored continuation begins, after what decode reads of the context
         for index, (context, continuation) in enumerate(requests):
             if not context or not continuation:
                 what = "continuation" if context else "context"
                 raise ValueError(f"request {index} has an empty {what}")
+            begins.append(int(self.first_token == "decode" and len(context) > 1))
+            if begins[index]:
+                context, continuation = context[:-1], [context[-1], *continuation]
+            all_texts.append(continuation)
             continuations.setdefault(tuple(context), []).append(index)
         # The longest come first: what does not fit into memory shows at once.
         contexts = sorted(continuations, key=lambda context: (-len(context), context))
@@ -83,19 +105,19 @@ class ContinuationScorer:
             payload.check_model(self.decode.fingerprint)
             payload = payload.prompt_to(self.decode.model.device)
             rows = [(row, index) for row, context in enumerate(batch) for index in continuations[context]]
-            longer = [(row, index) for row, index in rows if len(requests[index][1]) > 1]
+            longer = [(row, index) for row, index in rows if len(all_texts[index]) > 1]
             for row, index in rows:
-                if len(requests[index][1]) == 1:
-                    yield _score(index, first_log_probs[row, None], requests[index][1])
-            longer.sort(key=lambda pair: -len(requests[pair[1]][1]))
+                if len(all_texts[index]) == 1:
+                    yield _score(index, first_log_probs[row, None], all_texts[index])
+            longer.sort(key=lambda pair: -len(all_texts[pair[1]]))
             for start in range(0, len(longer), self.batch_size):
                 part = longer[start : start + self.batch_size]
-                texts = [requests[index][1] for _, index in part]
+                texts = [all_texts[index] for _, index in part]
                 logits = self._decode(payload, [row for row, _ in part], texts)
                 for (row, index), text, rest in zip(part, texts, logits, strict=True):
                     first = first_log_probs[row, None].to(rest.device)
                     log_probs = torch.cat([first, rest[: len(text) - 1].float().log_softmax(dim=-1)])
-                    yield _score(index, log_probs, text)
+                    yield _score(index, log_probs[begins[index] :], text[begins[index] :])
 
     @torch.no_grad()
     def score_windows(

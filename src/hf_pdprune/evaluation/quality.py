@@ -41,7 +41,7 @@ class QualitySums:
             logits (`torch.Tensor`): Shape `(num_tokens, vocab_size)`.
             dense_logits (`torch.Tensor`): The dense model's, of the same shape.
             labels (`torch.LongTensor`): The tokens that came, shape `(num_tokens,)`.
-            is_first (`torch.BoolTensor`): Which of them are the first of their completion, which prefill predicts.
+            is_first (`torch.BoolTensor`): Which of them are the first of their completion.
 
         Raises:
             `ValueError`: If logits are not finite.
@@ -63,8 +63,9 @@ class QualitySums:
 
     def result(self) -> dict[str, float | int]:
         """
-        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; by stage `kl_prefill`, `kl_decode`; and from
-        two examples on `kl_stderr`, the standard error of the KL over examples (tokens of one are not independent).
+        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; `kl_prefill` of the first tokens, which prefill
+        predicts unless they are left to decode, and `kl_decode` of the others; and from two examples on `kl_stderr`,
+        the standard error of the KL over examples (tokens of one are not independent).
         """
         result = {
             "perplexity": math.exp(min(self.nll / self.tokens, 700)),  # e^709 is the end of floats
@@ -114,8 +115,8 @@ def compare_quality(
 
     Returns:
         `dict[str, dict]`: For `"dense"` and each pair `perplexity`, `kl` (nats), `top1_agreement`, all per completion
-        token, and `tokens`, their number; `kl_prefill` of the first completion tokens, `kl_decode` of the others;
-        `kl_stderr` over examples.
+        token, and `tokens`, their number; `kl_prefill` of the first completion tokens, `kl_decode` of the others (see
+        [`QualitySums.result`]); `kl_stderr` over examples.
 
     Raises:
         `ValueError`: If there is no completion token, or if logits are not finite.
@@ -133,7 +134,7 @@ def compare_quality(
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             mask = batch["labels"] != -100
             labels, dense_logits = batch["labels"][mask], dense_forward(dense_model, batch)[mask]
-            is_first = (torch.arange(mask.shape[1], device=device) == 0).expand_as(mask)[mask]
+            is_first = (mask.cumsum(dim=1) == 1)[mask]
             sums["dense"].update(dense_logits, dense_logits, labels, is_first)
             for name, pair in pairs.items():
                 logits = disaggregated_forward(*pair, batch)[mask].to(device)

@@ -132,8 +132,8 @@ class ResultTable:
         titles = {
             "perplexity": "perplexity",
             "kl": "KL to dense",
-            "kl_prefill": "first token (prefill)",
-            "kl_decode": "others (decode)",
+            "kl_prefill": "first token",
+            "kl_decode": "others",
             "top1_agreement": "top-1 agreement",
         }
         sent = results.get("kv_of_stages", {})

@@ -45,6 +45,8 @@ class PDPruneLM(HFLM):
         adapters (`str`, *optional*): Adapters of the dense model.
         tokenizer (`str` or tokenizer, *optional*): Default: the one beside the prefill stage or dense model.
         rolling_prompt_share (`float`, defaults to 0.5): See above.
+        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first token of a continuation; `"decode"`
+            reads the context's last token itself.
         batch_size (`int` or `str`, defaults to 1): Contexts, and continuations, per forward; `"auto"` finds it.
         max_batch_size (`int`, *optional*): The most that `"auto"` tries, 64 by default.
         max_length (`int`, *optional*): Tokens of context and continuation. Default: the model's context.
@@ -67,6 +69,7 @@ class PDPruneLM(HFLM):
         adapters: str | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         rolling_prompt_share: float = 0.5,
+        first_token: str = "prefill",
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         max_length: int | None = None,
@@ -98,6 +101,7 @@ class PDPruneLM(HFLM):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.prefill, self.decode = pair
         self.rolling_prompt_share = rolling_prompt_share
+        self.first_token = first_token
         super().__init__(
             pretrained=self.prefill.model,
             tokenizer=tokenizer,
@@ -117,7 +121,8 @@ class PDPruneLM(HFLM):
         return self._model
 
     def _scorer(self, batch_size: int) -> ContinuationScorer:
-        return ContinuationScorer(self.prefill, self.decode, batch_size, self.tokenizer.pad_token_id or 0)
+        padding = self.tokenizer.pad_token_id or 0
+        return ContinuationScorer(self.prefill, self.decode, batch_size, padding, self.first_token)
 
     def _loglikelihood_tokens(
         self,
@@ -164,7 +169,8 @@ class PDPruneLM(HFLM):
         else:
             generation_kwargs["temperature"] = temperature
         generation_kwargs["pad_token_id"] = self.tokenizer.pad_token_id
-        payload = self.prefill(context, attention_mask, **generation_kwargs)
+        first_token = self.first_token if context.shape[1] > 1 else "prefill"
+        payload = self.prefill(context, attention_mask, first_token=first_token, **generation_kwargs)
         return self.decode.generate(
             payload,
             max_new_tokens=max_length - context.shape[1],
@@ -181,6 +187,7 @@ class PDPruneLM(HFLM):
             "base_model": self.prefill.plan.base_model,
             "plan_digest": self.prefill.plan.digest,
             "rolling_prompt_share": self.rolling_prompt_share,
+            "first_token": self.first_token,
         }
 
 

@@ -83,7 +83,8 @@ class ParetoFront:
 
     def plot(self, path: str | os.PathLike) -> Path:
         """
-        Draws loss against the blocks that decode does without, a line for each number that prefill does without.
+        Draws loss against the blocks that the stages do without, of prefill and decode together. A point says how many
+        each of them lacks, prefill / decode.
 
         Raises:
             `ImportError`: If matplotlib is not installed.
@@ -96,20 +97,18 @@ class ParetoFront:
         figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")  # without pyplot: nothing global, no display
         FigureCanvasAgg(figure)
         axes = figure.subplots()
-        alike = [point for point in self.points if point.num_prefill_blocks == point.num_decode_blocks]
-        axes.plot([p.num_decode_blocks for p in alike], [p.kl for p in alike], "o-", label="as many out of prefill")
-        counts = sorted({p.num_prefill_blocks for p in self.points} - {0})
-        for count in [0, *counts]:
-            line = [p for p in self.points if p.num_prefill_blocks == count]
-            if len(line) > 1:
-                label = f"{count or 'none'} out of prefill"
-                axes.plot([p.num_decode_blocks for p in line], [p.kl for p in line], "s--", label=label)
-        axes.set_xlabel("blocks that decode does without")
+        points = sorted(self.points, key=lambda point: (point.num_prefill_blocks + point.num_decode_blocks, point.kl))
+        totals, losses = zip(*((p.num_prefill_blocks + p.num_decode_blocks, p.kl) for p in points), strict=True)
+        axes.plot(totals, losses, "o-", color="#2f6fb0", markersize=5)
+        for point, total in zip(points, totals, strict=True):
+            label = f"{point.num_prefill_blocks} / {point.num_decode_blocks}"
+            axes.annotate(label, (total, point.kl), (-4, 5), textcoords="offset points", fontsize=8, ha="right")
+        axes.set_xlabel("blocks that the stages do without, both together (prefill / decode)")
         axes.set_ylabel("KL to the dense model\nper completion token (nats)")
         axes.set_ylim(bottom=0)
+        axes.margins(x=0.08, y=0.1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
         path = Path(path)
