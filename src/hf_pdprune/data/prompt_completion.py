@@ -126,12 +126,8 @@ class PromptCompletionCollator:
         labels = [list(row.get("labels", row["input_ids"])[cut:]) for row, cut in zip(rows, cuts, strict=True)]
         if self.first_token == "decode":
             if min(cuts) < 2:
-                raise ValueError(
-                    "a prompt of one token leaves prefill nothing to read where decode reads the last one"
-                )
-            completions = [
-                [prompt.pop(), *completion] for prompt, completion in zip(prompts, completions, strict=True)
-            ]
+                raise ValueError("a prompt of one token leaves prefill nothing to read: decode reads the last one")
+            completions = [[prompt.pop(), *rest] for prompt, rest in zip(prompts, completions, strict=True)]
             labels = [[IGNORED_LABEL, *row] for row in labels]
         prompt_width = max(map(len, prompts))
         width = max(self.min_completion_tokens, *map(len, completions))

@@ -84,9 +84,7 @@ class ContinuationScorer:
         """
         continuations: dict[tuple[int, ...], list[int]] = {}
         all_texts: list[Sequence[int]] = []
-        begins: list[
-            int
-        ] = []  # where of its text the scored continuation begins, after what decode reads of the context
+        begins: list[int] = []  # where in its text the continuation begins: after what decode reads of the context
         for index, (context, continuation) in enumerate(requests):
             if not context or not continuation:
                 what = "continuation" if context else "context"

@@ -63,9 +63,9 @@ class QualitySums:
 
     def result(self) -> dict[str, float | int]:
         """
-        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; `kl_prefill` of the first tokens, which prefill
-        predicts unless they are left to decode, and `kl_decode` of the others; and from two examples on `kl_stderr`,
-        the standard error of the KL over examples (tokens of one are not independent).
+        `perplexity`, `kl` (nats per token), `top1_agreement`, `tokens`; `kl_prefill` of the first tokens, which
+        prefill predicts unless they are left to decode, and `kl_decode` of the others; and from two examples on
+        `kl_stderr`, the standard error of the KL over examples (tokens of one are not independent).
         """
         result = {
             "perplexity": math.exp(min(self.nll / self.tokens, 700)),  # e^709 is the end of floats

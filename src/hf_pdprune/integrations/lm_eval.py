@@ -45,8 +45,8 @@ class PDPruneLM(HFLM):
         adapters (`str`, *optional*): Adapters of the dense model.
         tokenizer (`str` or tokenizer, *optional*): Default: the one beside the prefill stage or dense model.
         rolling_prompt_share (`float`, defaults to 0.5): See above.
-        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first token of a continuation; `"decode"`
-            reads the context's last token itself.
+        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first token of a continuation;
+            `"decode"` reads the context's last token itself.
         batch_size (`int` or `str`, defaults to 1): Contexts, and continuations, per forward; `"auto"` finds it.
         max_batch_size (`int`, *optional*): The most that `"auto"` tries, 64 by default.
         max_length (`int`, *optional*): Tokens of context and continuation. Default: the model's context.
