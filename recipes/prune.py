@@ -61,7 +61,7 @@ TRAINING_SETTINGS = (
     "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
     "train_fitted_layers", "stage", "full_finetuning", "removal_fade_steps", "search_in_rounds",
     "round_search_examples", "distillation_mixture", "distillation_top_k", "distillation_weight",
-    "cross_entropy_weight", "hidden_matching_weight", "hidden_matching_blocks",
+    "cross_entropy_weight", "hidden_matching_weight", "hidden_matching_blocks", "first_token",
 )  # fmt: skip
 
 
@@ -148,7 +148,9 @@ def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokeniz
     return model.to(PartialState().device).eval(), tokenizer
 
 
-def batches(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, torch.Tensor]]:
+def batches(
+    args: PruneArguments, tokenizer: PreTrainedTokenizerBase, first_token: str
+) -> list[dict[str, torch.Tensor]]:
     """The held-out examples."""
     try:
         examples = tokenize_examples(
@@ -160,7 +162,7 @@ def batches(args: PruneArguments, tokenizer: PreTrainedTokenizerBase) -> list[di
         )
     except ValueError as error:
         raise ValueError(f"validation_dataset {args.validation_dataset!r}: {error}") from error
-    collator = PromptCompletionCollator(tokenizer.pad_token_id)
+    collator = PromptCompletionCollator(tokenizer.pad_token_id, first_token=first_token)
     groups = (examples[begin : begin + args.batch_size] for begin in range(0, len(examples), args.batch_size))
     device = PartialState().device
     return [{key: tensor.to(device) for key, tensor in collator(group).items()} for group in groups]
@@ -256,6 +258,7 @@ def search(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    first_token: str,
 ) -> PruningPlan:
     """block_statistics.json and pruning_plan.json."""
     name = args.base_model or args.model_name_or_path
@@ -272,6 +275,7 @@ def search(
                 max_examples,
                 batch_size=args.batch_size,
                 name=public_name(args.calibration_dataset),
+                first_token=first_token,
             )
         except ValueError as error:
             raise ValueError(f"calibration_dataset {args.calibration_dataset!r}: {error}") from error
@@ -305,17 +309,19 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)
     config.check_model(num_blocks(model.config))
-    held_out = batches(args, tokenizer)  # unknown data and empty text fail before the long work, not after it
+    first_token = training_args.first_token  # holds for search, distillation and measurement alike
+    # Unknown data and empty text fail before the long work, not after it.
+    held_out = batches(args, tokenizer, first_token)
     overlap = check_overlap(args)
 
     own = asdict(args)
     searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
-    searched |= asdict(config)
+    searched |= asdict(config) | {"first_token": first_token}
     if config.merge_pairs:
         searched |= {key: own[key] for key in own if key.startswith("train_")}
     if not run.is_done("plan", searched):
         check_plan_there(folder, args, config)
-        search(args, config, model, tokenizer, folder)
+        search(args, config, model, tokenizer, folder, first_token)
         run.done("plan", searched)
     plan = PruningPlan.from_pretrained(folder)
 
@@ -329,6 +335,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         del model  # it carries adapters now
         model, _ = load_model(args)
     measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
+    measured["first_token"] = first_token
     is_measured = run.is_done("results", measured)  # asked by all processes, which may have to wait for each other
     if not PartialState().is_main_process:
         return

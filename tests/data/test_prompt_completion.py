@@ -76,8 +76,11 @@ class TestCollator:
             moved = torch.cat([plain[f"prompt_{name}"][:, -1:], plain[f"completion_{name}"]], dim=1)
             assert torch.equal(left[f"completion_{name}"], moved)
         assert torch.equal(left["labels"][:, 1:], plain["labels"]) and (left["labels"][:, 0] == -100).all()
-        with pytest.raises(ValueError, match="a prompt of one token leaves prefill nothing"):
-            PromptCompletionCollator(0, first_token="decode")([{"input_ids": [5, 6], "labels": [-100, 6]}])
+        one = {"input_ids": [5, 6], "labels": [-100, 6]}  # prefill has to read something
+        mixed = PromptCompletionCollator(0, first_token="decode")([one, rows[0]])
+        assert mixed["prompt_mask"].sum() == 2 and mixed["prompt_ids"][:, -1].tolist() == [5, 5]
+        assert mixed["completion_ids"].tolist() == [[6, 0, 0], [6, 7, 8]]
+        assert mixed["labels"].tolist() == [[6, -100, -100], [-100, 7, 8]]
         with pytest.raises(ValueError, match="first_token must be prefill or decode, got 'both'"):
             PromptCompletionCollator(0, first_token="both")
 

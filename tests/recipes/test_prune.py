@@ -230,6 +230,22 @@ def test_more_out_of_prefill_and_windows_of_blocks(prune, options, tmp_path):
     )
 
 
+def test_the_first_token_is_decodes_from_the_search_to_the_measurement(prune, options, tmp_path):
+    options |= {"merge_pairs": False, "num_token_aware_blocks": 0, "local_distillation_tokens": 0}
+    found = {}
+    for stage in ("prefill", "decode"):
+        own = options | {"first_token": stage, "output_dir": str(tmp_path / stage)}
+        run(prune, own)
+        plan = json.loads((tmp_path / stage / "pruning_plan.json").read_text())
+        quality = json.loads((tmp_path / stage / "results.json").read_text())["quality"]
+        losses = json.loads((tmp_path / stage / "distillation.json").read_text())["losses"]
+        found[stage] = plan["provenance"]["calibration"]["digest"], quality["unhealed"]["tokens"], losses[0][1]
+    (digest, tokens, loss), (other_digest, other_tokens, other_loss) = found.values()
+    assert tokens == other_tokens and digest != other_digest and loss != pytest.approx(other_loss, rel=1e-4)
+    with pytest.raises(ValueError, match="holds a run with first_token='decode', not 'prefill'"):
+        run(prune, own | {"first_token": "prefill"})
+
+
 def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, tmp_path):
     path = PruningPlan.empty(tiny_llama, "other").save_pretrained(tmp_path / "run")
     before = path.read_text()

@@ -31,8 +31,9 @@ def examples():
 def calibration():
     """Factory: `calibration(model, batch_size=2, **example_options)`."""
 
-    def make(model, batch_size=2, teacher_dtype=torch.float32, **options):
-        return Calibration(model, make_examples(**options), 0, batch_size, teacher_dtype, name="random tokens")
+    def make(model, batch_size=2, teacher_dtype=torch.float32, first_token="prefill", **options):
+        examples = make_examples(**options)
+        return Calibration(model, examples, 0, batch_size, teacher_dtype, "random tokens", first_token)
 
     return make
 

@@ -28,9 +28,13 @@ def test_batches_are_of_about_equal_length(tiny_llama, examples):
     assert padded < 1.2 * data.num_prompt_tokens
 
 
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
 @torch.no_grad()
-def test_the_teacher_is_the_dense_model(tiny_llama, calibration):
-    data = calibration(tiny_llama)
+def test_the_teacher_is_the_dense_model(tiny_llama, calibration, first_token):
+    data = calibration(tiny_llama, first_token=first_token)
+    plain = calibration(tiny_llama)
+    assert data.num_completion_tokens == plain.num_completion_tokens
+    assert (data.digest == plain.digest) == (first_token == "prefill")
     for index in range(len(data)):
         batch = data[index]
         logits = dense_forward(tiny_llama, batch.tensors)

@@ -37,6 +37,18 @@ def test_energy_is_that_of_the_disaggregated_forward(tiny_model, architecture, c
             objective.accept(plan)
 
 
+def test_energy_where_decode_predicts_the_first_token(tiny_llama, calibration, random_plan):
+    data = calibration(tiny_llama, first_token="decode")
+    objective, plain = Objective(tiny_llama, data), Objective(tiny_llama, calibration(tiny_llama))
+    rng = random.Random(0)
+    for step in range(6):
+        plan = random_plan(tiny_llama, rng)
+        assert objective.energy(plan) == pytest.approx(plain_energy(tiny_llama, plan, data), abs=1e-5, rel=1e-5)
+        assert objective.energy(plan) != pytest.approx(plain.energy(plan), rel=1e-3)
+        if step % 2:
+            objective.accept(plan)
+
+
 @pytest.mark.parametrize("token_aware", [False, True])
 def test_every_saving_is_exact(tiny_llama, calibration, random_plan, token_aware):
     data = calibration(tiny_llama)

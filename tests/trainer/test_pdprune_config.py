@@ -31,6 +31,7 @@ def test_every_option_is_documented_twice(option):
         ("lora_rank", 0),
         ("lora_alpha", 0),
         ("padding_free", True),
+        ("first_token", "both"),
     ],
 )
 def test_bad_value_is_an_error_that_names_it(tmp_path, name, value):

@@ -231,6 +231,22 @@ def test_adapters_of_an_earlier_training_go_on(tiny_llama, make_trainer, adapter
         assert torch.equal(there[name], tensor) and not there[name].requires_grad
 
 
+@pytest.mark.parametrize("options", [{}, {"removal_rounds": 2, "search_in_rounds": True, "round_search_examples": 8}])
+def test_decode_learns_to_predict_the_first_token(tiny_llama, make_trainer, adapters_of, options):
+    trainer = make_trainer(tiny_llama, first_token="decode", local_distillation_tokens=0, **options)
+    before = adapters_of(trainer)
+    trainer.train()
+    changed = {name for name, tensor in adapters_of(trainer).items() if not torch.equal(tensor, before[name])}
+    # Prefill learns by its keys and values alone: behind those of its last block nothing of it is used.
+    assert {stage for stage in ("prefill", "decode") for name in changed if f".{stage}." in name} == {
+        "prefill",
+        "decode",
+    }
+    logged = [entry for entry in trainer.state.log_history if "kl" in entry]
+    assert logged and all("decode_kl" in entry and "prefill_kl" not in entry for entry in logged)
+    assert all(entry["kl"] == entry["decode_kl"] for entry in logged)
+
+
 # Losses, rounds, memory
 
 
@@ -245,6 +261,7 @@ def test_adapters_of_an_earlier_training_go_on(tiny_llama, make_trainer, adapter
         {"hidden_matching_weight": 1.0},
         {"hidden_matching_weight": 1.0, "hidden_matching_blocks": [0]},
         {"local_distillation_tokens": 0, "removal_fade_steps": 1},
+        {"first_token": "decode"},
     ],
     ids=lambda options: "+".join(options),
 )

@@ -46,6 +46,13 @@ def test_decode_has_none_where_every_completion_is_one_token():
     assert found["prefill_perplexity"] == math.inf and not any(name.startswith("decode") for name in found)
 
 
+def test_prefill_has_none_where_the_first_token_is_left_to_decode():
+    metrics = TrainingMetrics()
+    metrics.add(*batch_of([0.0, 0.0, 0.0, 0.0], [1.0, 2.0, 1.0, 2.0]))
+    found = metrics.pop()
+    assert found["kl"] == found["decode_kl"] == 0.5 and not any(name.startswith("prefill") for name in found)
+
+
 OF_STAGES = {f"{stage}_{what}" for stage in ("prefill", "decode") for what in ("kl", "perplexity", "blocks")}
 
 

@@ -93,7 +93,8 @@ class PromptCompletionCollator:
         seed (`int`, defaults to 0): Other seeds cut plain text at other places.
         min_completion_tokens (`int`, defaults to 1): To which completions are padded at least.
         first_token (`str`, defaults to `"prefill"`): Which stage predicts the first completion token. `"decode"`: the
-            completion begins with the last token of the prompt, without a label, which decode then reads.
+            completion begins with the last token of the prompt, without a label, which decode then reads. A prompt of
+            one token stays prefill's.
 
     Raises:
         `ValueError`: If `first_token` is neither stage.
@@ -118,17 +119,16 @@ class PromptCompletionCollator:
             `completion_ids`, `completion_mask`, `labels` of shape `(batch_size, completion_tokens)`.
 
         Raises:
-            `ValueError`: If a row has no completion token, or no prompt token, or one where decode is to read it.
+            `ValueError`: If a row has no completion token, or no prompt token.
         """
-        cuts = [self._cut(row) for row in rows]
+        labelled = [self._cut(row) for row in rows]
+        cuts = [max(cut - 1, 1) for cut in labelled] if self.first_token == "decode" else labelled
         prompts = [list(row["input_ids"][:cut]) for row, cut in zip(rows, cuts, strict=True)]
         completions = [list(row["input_ids"][cut:]) for row, cut in zip(rows, cuts, strict=True)]
-        labels = [list(row.get("labels", row["input_ids"])[cut:]) for row, cut in zip(rows, cuts, strict=True)]
-        if self.first_token == "decode":
-            if min(cuts) < 2:
-                raise ValueError("a prompt of one token leaves prefill nothing to read: decode reads the last one")
-            completions = [[prompt.pop(), *rest] for prompt, rest in zip(prompts, completions, strict=True)]
-            labels = [[IGNORED_LABEL, *row] for row in labels]
+        labels = [
+            [IGNORED_LABEL] * (begin - cut) + list(row.get("labels", row["input_ids"])[begin:])
+            for row, cut, begin in zip(rows, cuts, labelled, strict=True)
+        ]
         prompt_width = max(map(len, prompts))
         width = max(self.min_completion_tokens, *map(len, completions))
         return {

@@ -82,7 +82,7 @@ class CalibrationBatch:
 
     Args:
         tensors (`dict[str, torch.Tensor]`): As [`PromptCompletionCollator`] makes them.
-        first (`Teacher`): For the first completion token of every row, which prefill predicts.
+        first (`Teacher`): For the first completion tokens that prefill predicts, a row each.
         rest (`Teacher`): For the others that have a label, row by row, which decode predicts.
         counts (`bool`, defaults to `True`): Whether it is one of the calibration. A process that has a batch less than
             others runs the model on one that does not count where all have to run it together.
@@ -99,8 +99,8 @@ class CalibrationBatch:
         return self.tensors["labels"][:, 1:] != -100
 
     def kl_of_first(self, logits: torch.Tensor) -> float:
-        """Sum of the KL of the first completion tokens, from logits of shape `(batch_size, vocab_size)`."""
-        return self.first.kl_sum(logits)
+        """Sum of the KL of what prefill predicts, from logits of shape `(batch_size, vocab_size)`."""
+        return self.first.kl_sum(logits[self.tensors["labels"][:, 0] != -100])
 
     def kl_of_rest(self, logits: torch.Tensor) -> float:
         """Sum of the KL of the others, from logits of shape `(batch_size, completion_tokens - 1, vocab_size)`."""
@@ -125,6 +125,8 @@ class Calibration:
         teacher_dtype (`torch.dtype`, defaults to `torch.float32`): In which probabilities are kept. Half of the memory
             is `torch.bfloat16`; the rounded distribution is normalised, so KL stays a KL.
         name (`str`, *optional*): What the text is, for the plan's provenance.
+        first_token (`str`, defaults to `"prefill"`): Which stage predicts the first completion token, see
+            [`PromptCompletionCollator`].
 
     Attributes:
         num_examples (`int`): Examples of all processes.
@@ -147,6 +149,7 @@ class Calibration:
         batch_size: int = 8,
         teacher_dtype: torch.dtype = torch.float32,
         name: str = "",
+        first_token: str = "prefill",
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -157,7 +160,8 @@ class Calibration:
         self.device = input_device(model)
         together = is_partitioned(model) and state.num_processes > 1
         # Then all run decode equally often, also for completions of a single token.
-        collator = PromptCompletionCollator(pad_token_id, min_completion_tokens=2 if together else 1)
+        least = 2 if together else 1
+        collator = PromptCompletionCollator(pad_token_id, min_completion_tokens=least, first_token=first_token)
         groups = _group([_lengths(example) for example in examples], batch_size)
         self.num_rounds = math.ceil(len(groups) / state.num_processes)
         own = groups[state.process_index :: state.num_processes]
@@ -168,7 +172,7 @@ class Calibration:
             batch.counts = False
         self._count()
         with whole_embeddings(model):
-            self.digest = _digest(examples, groups, model, teacher_dtype)
+            self.digest = _digest(examples, groups, model, teacher_dtype, first_token)
         if self.num_completion_tokens < MIN_COMPLETION_TOKENS:
             raise ValueError(
                 f"the calibration set has {self.num_completion_tokens} completion tokens in {self.num_examples} "
@@ -237,7 +241,7 @@ class Calibration:
                 raise ValueError(
                     "the dense model's logits on the calibration set hold NaN or infinity (a dtype too narrow for it?)"
                 )
-            first = Teacher.from_logits(logits[:, 0], dtype)
+            first = Teacher.from_logits(logits[:, 0][mask[:, 0].to(logits.device)], dtype)
             rest = Teacher.from_logits(logits[:, 1:][mask[:, 1:].to(logits.device)], dtype)
         return CalibrationBatch(tensors, first, rest)
 
@@ -295,10 +299,11 @@ def _check_examples(examples: Sequence[dict[str, Any]], model: nn.Module) -> Non
         raise ValueError(f"a calibration example has {longest} tokens, the model's context is {context}")
 
 
-def _digest(examples: Sequence[dict], groups: list[list[int]], model: nn.Module, dtype: torch.dtype) -> str:
+def _digest(
+    examples: Sequence[dict], groups: list[list[int]], model: nn.Module, dtype: torch.dtype, first_token: str
+) -> str:
     """Tells calibrations apart whose energies may differ."""
     rows = [[examples[index]["input_ids"], examples[index]["labels"]] for group in groups for index in group]
-    content = json.dumps(
-        [rows, [len(group) for group in groups], model_fingerprint(model), str(dtype), str(model.dtype)]
-    )
-    return hashlib.sha256(content.encode()).hexdigest()[:32]
+    content = [rows, [len(group) for group in groups], model_fingerprint(model), str(dtype), str(model.dtype)]
+    content += [] if first_token == "prefill" else [first_token]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]

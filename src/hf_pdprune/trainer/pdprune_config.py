@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from ..pair_layout import STAGES
 from ..plan import PruningPlan
 from .losses import DISTILLATION_LOSSES
 from .stage_adapters import STAGE_ADAPTERS
@@ -75,6 +76,9 @@ class PDPruneConfig(SFTConfig):
             Tokens whose logits are in memory at a time; they are made again in the backward pass. 0: all, once.
         token_aware_distillation (`bool`, *optional*, defaults to `True`):
             Whether decode is distilled on the KV entries that the plan will send it. `False` hands over all of them.
+        first_token (`str`, *optional*, defaults to `"prefill"`):
+            Which stage predicts the first completion token. `"decode"` reads the prompt's last token for it, as in
+            `prefill(..., first_token="decode")`: better where prefill loses many more blocks than decode.
         local_distillation_tokens (`int`, *optional*, defaults to `8192`):
             Training tokens on which each stage's adapter is fitted in closed form before the first step (see
             [`ResidualFit`]); 0 leaves that out.
@@ -155,6 +159,13 @@ class PDPruneConfig(SFTConfig):
         default=True,
         metadata={"help": "Whether decode is distilled on the KV entries that the plan will send it, or on all."},
     )
+    first_token: str = field(
+        default="prefill",
+        metadata={
+            "help": "Which stage predicts the first completion token; decode reads the prompt's last one for it.",
+            "choices": list(STAGES),
+        },
+    )
     local_distillation_tokens: int = field(
         default=8192,
         metadata={
@@ -178,6 +189,8 @@ class PDPruneConfig(SFTConfig):
         if self.distillation_loss not in DISTILLATION_LOSSES:
             known = ", ".join(DISTILLATION_LOSSES)
             raise ValueError(f"distillation_loss must be one of {known}, got {self.distillation_loss!r}")
+        if self.first_token not in STAGES:
+            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
         self._check_ranges()
         if not (self.distillation_weight or self.cross_entropy_weight or self.hidden_matching_weight):
             raise ValueError(

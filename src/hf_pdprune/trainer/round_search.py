@@ -50,6 +50,7 @@ class RoundSearch:
         removable (`Sequence[int]`): Blocks that may be removed.
         pad_token_id (`int`): Fills up the examples.
         batch_size (`int`): Examples per forward.
+        first_token (`str`): Which stage predicts the first completion token.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class RoundSearch:
         removable: Sequence[int],
         pad_token_id: int = 0,
         batch_size: int = 4,
+        first_token: str = "prefill",
     ):
         self.model = model
         self.adapters = adapters
         self.removable = tuple(removable)
-        self.calibration = Calibration(model, examples, pad_token_id, batch_size)
+        self.calibration = Calibration(model, examples, pad_token_id, batch_size, first_token=first_token)
 
     def __call__(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """

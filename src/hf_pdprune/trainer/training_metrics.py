@@ -30,9 +30,9 @@ class TrainingMetrics:
         The means over all processes since the last call; empty where nothing was added. All processes have to call it.
 
         Returns:
-            `dict[str, float]`: `kl` in nats per token and `perplexity`, the same of each stage as `prefill_kl` (of the
-            first completion tokens), `decode_kl` (of the others, if there are any) and so on, `top1_agreement`,
-            `hidden_loss` per completion token, and `read_tokens`.
+            `dict[str, float]`: `kl` in nats per token and `perplexity`, the same of each stage for the tokens that it
+            predicts, if there are any, as `prefill_kl`, `decode_kl` and so on, `top1_agreement`, `hidden_loss` per
+            completion token, and `read_tokens`.
         """
         if self._sums is None:
             return {}
@@ -45,13 +45,13 @@ class TrainingMetrics:
         tokens = max(first + rest, 1)
         metrics = {
             "kl": (prefill_kl + decode_kl) / tokens,
-            "prefill_kl": prefill_kl / max(first, 1),
             "perplexity": _perplexity((prefill_nll + decode_nll) / tokens),
-            "prefill_perplexity": _perplexity(prefill_nll / max(first, 1)),
             "top1_agreement": (prefill_agrees + decode_agrees) / tokens,
             "hidden_loss": hidden / tokens,
             "read_tokens": int(read),
         }
+        if first:
+            metrics |= {"prefill_kl": prefill_kl / first, "prefill_perplexity": _perplexity(prefill_nll / first)}
         if rest:
             metrics |= {"decode_kl": decode_kl / rest, "decode_perplexity": _perplexity(decode_nll / rest)}
         return metrics
