@@ -352,6 +352,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
             **SpeedBenchmark(model, *healed, benchmark).run(),
             "distillation": read_json(folder / "distillation.json"),
             "validation_overlap": overlap,
+            "serving": {"first_token": first_token},
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
         del model, healed, pairs

@@ -145,12 +145,15 @@ def test_cards_of_a_pair_are_written_anew_with_results(tiny_llama, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_usage_code_runs(tiny_llama, tiny_tokenizer, tmp_path, capsys):
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_usage_code_runs(tiny_llama, tiny_tokenizer, tmp_path, capsys, first_token):
     plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)))
     export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer)
+    write_model_cards(tmp_path, {"serving": {"first_token": first_token}})
     for stage in ("prefill", "decode"):
         blocks = re.findall(r"```python\n(.*?)```", (tmp_path / stage / "README.md").read_text(), re.DOTALL)
         assert len(blocks) == 2
+        assert ('prefill(**inputs, first_token="decode")' in blocks[0]) == (first_token == "decode")
         for code in blocks:
             exec(code.replace("path/to/folder", json.dumps(str(tmp_path))[1:-1]), {})
     assert "The capital of France is" in capsys.readouterr().out

@@ -240,6 +240,7 @@ def test_the_first_token_is_decodes_from_the_search_to_the_measurement(prune, op
         quality = json.loads((tmp_path / stage / "results.json").read_text())["quality"]
         losses = json.loads((tmp_path / stage / "distillation.json").read_text())["losses"]
         found[stage] = plan["provenance"]["calibration"]["digest"], quality["unhealed"]["tokens"], losses[0][1]
+    assert 'first_token="decode")' in (tmp_path / "decode" / "decode" / "README.md").read_text()
     (digest, tokens, loss), (other_digest, other_tokens, other_loss) = found.values()
     assert tokens == other_tokens and digest != other_digest and loss != pytest.approx(other_loss, rel=1e-4)
     with pytest.raises(ValueError, match="holds a run with first_token='decode', not 'prefill'"):

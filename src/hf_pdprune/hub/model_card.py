@@ -93,6 +93,7 @@ def model_card(
         kv_reduction=plan.kv_reduction(prompt_tokens),
         training=_training(plan, results),
         results_table=_results_table(results),
+        first_token=results.get("serving", {}).get("first_token"),
         pair=_pair_source(where),
         alone=[checkpoint for checkpoint in where if stage in (None, checkpoint)],
         tokenizer=arguments[by_stage(where)["prefill"]],
