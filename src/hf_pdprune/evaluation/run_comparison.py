@@ -29,6 +29,7 @@ _SPEEDS = {
     "ttft_ratio": "time to first token, pruned / dense",
     "tpot_ratio": "time per output token, pruned / dense",
 }
+_MARKERS = "osD^vP"
 _SEARCHES = (
     "The same blocks are missing in both stages, and nothing is healed. KL in nats per completion token, means over "
     "seeds; spread: largest less smallest, of the mean, on the first held-out text; overlap: share of missing blocks "
@@ -240,20 +241,19 @@ def plot_runs(runs: Sequence[Run], path: str | os.PathLike) -> Path | None:
     runs = [run for run in runs if "speed" in run.results and run.kl is not None]
     if len(runs) < 2:
         return None
-    figure = new_figure(9.6, 4.2)
+    figure = new_figure(10.8, 4.2)
     for axes, (key, label) in zip(figure.subplots(1, 2, sharey=True), _SPEEDS.items(), strict=True):
-        points = [(run.results["speed"][key], run.kl, run.name) for run in runs]
-        axes.scatter(*zip(*((x, y) for x, y, _ in points), strict=True), color="#2f6fb0", s=36, zorder=2)
-        for x, y, name in points:
-            axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)
-        axes.scatter([1], [0], color="#33475b", s=36, zorder=2, clip_on=False)
-        axes.annotate("dense", (1, 0), (-5, 5), textcoords="offset points", fontsize=8, ha="right")
+        for number, run in enumerate(runs):
+            look = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)]}
+            axes.scatter(run.results["speed"][key], run.kl, label=run.name, s=44, zorder=2, **look)
+        axes.scatter([1], [0], color="#33475b", s=44, zorder=2, clip_on=False, label="dense")
         axes.set_ylim(bottom=0)
-        axes.margins(x=0.25, y=0.12)
+        axes.margins(x=0.08, y=0.08)
         axes.set_xlabel(label, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(color="#e5e5e5", linewidth=0.7)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.axes[0].set_ylabel("KL to dense (nats per token)", fontsize=9)
     return save_figure(figure, path)
