@@ -58,6 +58,9 @@ def test_the_price_is_kl_for_the_time_saved_of_which_no_more_counts_than_is_left
     before, after = plan((2,), (2,)), plan((2, 3), (2, 3))
     assert goal.price(plan(), before, 0.3) == pytest.approx(0.3 / (1 / 8))
     assert goal.price(before, after, 0.3) == pytest.approx(0.3 / (7 / 8 - 1 / 1.2))
+    assert goal.price(after, plan((2, 3, 4), (2, 3, 4)), 0.3) == pytest.approx(
+        0.3 / (1 / 8)
+    )  # nothing is left to save
 
 
 @pytest.mark.parametrize(("share", "blocks"), [(1.0, 2), (0.0, 3)])

@@ -100,7 +100,7 @@ class CalibrationBatch:
 
     def kl_of_first(self, logits: torch.Tensor) -> float:
         """Sum of the KL of what prefill predicts, from logits of shape `(batch_size, vocab_size)`."""
-        return self.first.kl_sum(logits[self.tensors["labels"][:, 0] != -100])
+        return self.first.kl_sum(logits[(self.tensors["labels"][:, 0] != -100).to(logits.device)])
 
     def kl_of_rest(self, logits: torch.Tensor) -> float:
         """Sum of the KL of the others, from logits of shape `(batch_size, completion_tokens - 1, vocab_size)`."""

@@ -70,7 +70,9 @@ class LatencyGoal(RemovalGoal):
         return [stages for stages in useful if stages not in closed]
 
     def price(self, before: PruningPlan, after: PruningPlan, kl: float) -> float:
-        return kl / min(self.latency(before) - self.latency(after), self._left(before))
+        saved, left = self.latency(before) - self.latency(after), self._left(before)
+        # The greedy path may be there before the annealed one, which has as many blocks gone, but others projected.
+        return kl / (min(saved, left) if left > 0 else saved)
 
     def shortfall(self, plan: PruningPlan) -> str | None:
         if self._left(plan) <= 0:
