@@ -32,7 +32,11 @@ def test_too_few_completion_tokens_name_the_option():
 def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_llama, adapted, capsys):
     model = adapted(tiny_llama)
     search = RoundSearch(
-        model, {"prefill": "prefill", "decode": "decode"}, round_examples(rows_of(12), 6, COLLATOR), range(1, 5)
+        model,
+        {"prefill": "prefill", "decode": "decode"},
+        round_examples(rows_of(12), 6, COLLATOR),
+        range(1, 5),
+        COLLATOR,
     )
     before = PruningPlan.empty(tiny_llama, prefill=StagePlan((2,)), decode=StagePlan((2,)))
     found = search(before, PruningPlan.empty(tiny_llama, prefill=StagePlan((1, 3)), decode=StagePlan((1, 3, 4))))

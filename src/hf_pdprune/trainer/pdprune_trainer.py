@@ -130,8 +130,7 @@ class PDPruneTrainer(SFTTrainer):
         )
         # All processes have to run decode equally often, also one whose completions have a single token.
         least = 2 if args.world_size > 1 else 1
-        pad_token_id = self._tokenizer.pad_token_id
-        self.data_collator = PromptCompletionCollator(pad_token_id, args.seed, least, args.first_token)
+        self.data_collator = PromptCompletionCollator(self._tokenizer.pad_token_id, args.seed, least, args.first_token)
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_prepared_rows(dataset, name, context, args.max_length)
@@ -218,9 +217,8 @@ class PDPruneTrainer(SFTTrainer):
             self.stage_adapters.of_model(model),
             self._round_examples,
             range(limits.num_protected_first_blocks, plan.num_hidden_layers - limits.num_protected_last_blocks),
-            self.data_collator.pad_token_id,
+            self.data_collator,
             self.args.per_device_eval_batch_size,
-            self.args.first_token,
         )
         return search(plan, target)
 

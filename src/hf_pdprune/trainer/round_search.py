@@ -48,9 +48,9 @@ class RoundSearch:
         adapters (`Mapping[str, str]`): Adapter of each stage.
         examples (`Sequence[dict]`): What plans are measured on, see [`round_examples`].
         removable (`Sequence[int]`): Blocks that may be removed.
-        pad_token_id (`int`): Fills up the examples.
+        collator ([`PromptCompletionCollator`]): That of the training, which says what fills up examples, and which
+            stage predicts the first completion token.
         batch_size (`int`): Examples per forward.
-        first_token (`str`): Which stage predicts the first completion token.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class RoundSearch:
         adapters: Mapping[str, str],
         examples: Sequence[dict[str, list[int]]],
         removable: Sequence[int],
-        pad_token_id: int = 0,
+        collator: PromptCompletionCollator,
         batch_size: int = 4,
-        first_token: str = "prefill",
     ):
         self.model = model
         self.adapters = adapters
         self.removable = tuple(removable)
-        self.calibration = Calibration(model, examples, pad_token_id, batch_size, first_token=first_token)
+        first_token = collator.first_token
+        self.calibration = Calibration(model, examples, collator.pad_token_id, batch_size, first_token=first_token)
 
     def __call__(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """
