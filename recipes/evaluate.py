@@ -46,7 +46,7 @@ from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.kv import QUANTIZATIONS
-from hf_pdprune.pair_layout import STAGES, stage_folders
+from hf_pdprune.pair_layout import STAGES, check_first_token, stage_folders
 
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
@@ -120,8 +120,7 @@ class EvaluateArguments(OverlapConfig):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.text_dataset is not None and self.text_dataset.lower() == "none":
             self.text_dataset = None
-        if self.first_token not in STAGES:
-            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
+        check_first_token(self.first_token)
         for kind in self.quantizations:
             if kind not in QUANTIZATIONS:
                 raise ValueError(f"quantizations must be of {', '.join(QUANTIZATIONS)}, got {kind!r}")

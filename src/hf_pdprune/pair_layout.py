@@ -14,6 +14,12 @@ DISAGGREGATED, UNIFIED = ("prefill", "decode"), ("unified",)
 LAYOUTS = (DISAGGREGATED, UNIFIED)
 
 
+def check_first_token(stage: str) -> None:
+    """Raises a `ValueError` unless `first_token`, who predicts the first token of a completion, is a stage."""
+    if stage not in STAGES:
+        raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {stage!r}")
+
+
 def served_stages(checkpoint: str) -> tuple[str, ...]:
     """The stages that a checkpoint serves: itself, or both for `"unified"`. A `ValueError` for an unknown name."""
     if checkpoint not in _SERVED_STAGES:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..pair_layout import STAGES
+from ..pair_layout import check_first_token
 
 
 IGNORED_LABEL = -100
@@ -106,8 +106,7 @@ class PromptCompletionCollator:
     first_token: str = "prefill"
 
     def __post_init__(self):
-        if self.first_token not in STAGES:
-            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
+        check_first_token(self.first_token)
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """

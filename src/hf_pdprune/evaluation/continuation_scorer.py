@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..inference import DecodeStage, PrefillStage
 from ..inference.stage import position_ids
 from ..kv import KVPayload, TokenAwareCache
-from ..pair_layout import STAGES
+from ..pair_layout import check_first_token
 
 
 class Score(NamedTuple):
@@ -63,8 +63,7 @@ class ContinuationScorer:
     ):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if first_token not in STAGES:
-            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {first_token!r}")
+        check_first_token(first_token)
         self.first_token = first_token
         self.prefill = prefill
         self.decode = decode

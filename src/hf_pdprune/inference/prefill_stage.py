@@ -10,7 +10,7 @@ from torch import nn
 
 from ..blocks import get_blocks
 from ..kv import QUANTIZATIONS, KVPayload, PayloadWriter, TokenAwareCache
-from ..pair_layout import STAGES
+from ..pair_layout import check_first_token
 from ..plan import PruningPlan
 from .stage import Stage, position_ids
 
@@ -84,8 +84,7 @@ class PrefillStage(Stage):
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        if first_token not in STAGES:
-            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {first_token!r}")
+        check_first_token(first_token)
         self._check_length(input_ids.shape[1])
         first = {}
         if first_token == "decode":

@@ -6,8 +6,8 @@ from torch import nn
 
 from ..blocks import get_blocks
 from ..plan import PruningPlan
-from ..projected_blocks import idle_layers
 from ..spread_weights import num_parameters
+from .block_sizes import fewest_blocks, head_size, idle_sizes
 from .removal_goal import RemovalGoal, Stages
 
 
@@ -51,7 +51,9 @@ class LatencyGoal(RemovalGoal):
         self.decode_size = sum(self.sizes) + head_size(model)
         most = min(max(len(self.sizes) - num_protected_blocks, 0), len(self.sizes) - 1)
         self.num_prefill_blocks = self.num_decode_blocks = most
-        self.fewest_blocks = self._fewest_blocks(most)
+        # Out of both stages, blocks of mean size.
+        block = (prefill_share + (1 - prefill_share) * sum(self.sizes) / self.decode_size) / len(self.sizes)
+        self.fewest_blocks = fewest_blocks("target_latency_speedup", speedup, 1, block, most)
 
     def latency(self, plan: PruningPlan) -> float:
         """Time of an answer, as a part of the dense model's."""
@@ -83,30 +85,3 @@ class LatencyGoal(RemovalGoal):
         """What is still to be saved, as a part of the dense model's latency."""
         # Speedups are given as rounded numbers.
         return self.latency(plan) - 1 / self.speedup - 1e-9
-
-    def _fewest_blocks(self, most: int) -> int:
-        """The fewest blocks of mean size without which, in both stages, the goal is reached."""
-        mean, total = sum(self.sizes) / len(self.sizes), sum(self.sizes)
-        share = self.prefill_share * mean / total + (1 - self.prefill_share) * mean / self.decode_size
-        for count in range(most + 1):
-            if 1 - count * share <= 1 / self.speedup + 1e-9:
-                return count
-        raise ValueError(
-            f"target_latency_speedup {self.speedup} cannot be met: without all {most} blocks that are not protected "
-            f"it is {1 / (1 - most * share):.2f}"
-        )
-
-
-def head_size(model: nn.Module) -> int:
-    """Parameters of the LM head, tied to the embeddings or not."""
-    head = model.get_output_embeddings()
-    return 0 if head is None else num_parameters(head)
-
-
-def idle_sizes(model: nn.Module) -> list[int]:
-    """By block, the parameters that are left out where it is projected."""
-    sizes = []
-    for number, block in enumerate(get_blocks(model)):
-        idle = [block.get_submodule(name) for name in idle_layers(model, number)]
-        sizes.append(sum(map(num_parameters, idle)))
-    return sizes

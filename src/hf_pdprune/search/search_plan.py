@@ -103,7 +103,7 @@ def search_plan(
         # What cannot be met is found before anything is spent. With max_kl, and for a latency, up to num_decode_blocks
         # go: a target is out of reach where it is so without all of these, and a number of token-aware blocks where it
         # is so with them.
-        up_to = config.max_kl is not None or asked.target_latency_speedup is not None
+        up_to = config.max_kl is not None or goal.num_steps is None
         certain = not up_to or config.target_kv_reduction is not None
         lost = operations.blocks[: config.num_decode_blocks] if certain else ()
         TokenAwareBlocks(objective, config).check(with_removed(objective.dense_plan, (), lost))

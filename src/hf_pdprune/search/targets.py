@@ -4,7 +4,8 @@ from torch import nn
 
 from ..blocks import get_blocks
 from ..spread_weights import num_parameters
-from .latency_goal import LatencyGoal, head_size, idle_sizes
+from .block_sizes import fewest_blocks, head_size, idle_sizes
+from .latency_goal import LatencyGoal
 from .removal_goal import BlockCounts, RemovalGoal
 from .search_config import SearchConfig
 
@@ -32,13 +33,14 @@ def removal_goal(model: nn.Module, config: SearchConfig) -> RemovalGoal:
         return LatencyGoal(model, config.target_latency_speedup, config.prefill_latency_share, relaxed, protected)
     sizes = [num_parameters(block) for block in get_blocks(model)]
     most = max(len(sizes) - protected, 0)
+    can_go = min(most, len(sizes) - 1)  # one has to stay
     prefill, decode = config.num_prefill_blocks, config.num_decode_blocks
     if config.target_ttft_speedup is not None:
-        lost = idle_sizes(model) if relaxed else sizes
-        prefill = _fewest("target_ttft_speedup", config.target_ttft_speedup, sum(sizes), lost, most)
+        block = sum(idle_sizes(model) if relaxed else sizes) / len(sizes)
+        prefill = fewest_blocks("target_ttft_speedup", config.target_ttft_speedup, sum(sizes), block, can_go)
     if config.target_tpot_speedup is not None:
-        total = sum(sizes) + head_size(model)
-        decode = _fewest("target_tpot_speedup", config.target_tpot_speedup, total, sizes, most)
+        total, block = sum(sizes) + head_size(model), sum(sizes) / len(sizes)
+        decode = fewest_blocks("target_tpot_speedup", config.target_tpot_speedup, total, block, can_go)
     if config.max_kl is not None and not prefill and not decode:
         return BlockCounts(most, most, relaxed)
     if not relaxed and config.target_ttft_speedup is not None:
@@ -53,16 +55,3 @@ def removal_goal(model: nn.Module, config: SearchConfig) -> RemovalGoal:
         decode if config.target_tpot_speedup is not None else 0,
     )
     return BlockCounts(prefill, decode, relaxed, least)
-
-
-def _fewest(name: str, speedup: float, total: int, lost: list[int], most: int) -> int:
-    """The fewest blocks without which a stage is `speedup` times faster, where a block is worth the mean of `lost`."""
-    block = sum(lost) / len(lost)
-    most = min(most, len(lost) - 1)
-    for count in range(most + 1):
-        if total / (total - count * block) >= speedup:
-            return count
-    raise ValueError(
-        f"{name} {speedup} cannot be met: without all {most} blocks that are not protected it is "
-        f"{total / (total - most * block):.2f}"
-    )

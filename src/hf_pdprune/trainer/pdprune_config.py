@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
-from ..pair_layout import STAGES
+from ..pair_layout import STAGES, check_first_token
 from ..plan import PruningPlan
 from .losses import DISTILLATION_LOSSES
 from .stage_adapters import STAGE_ADAPTERS
@@ -189,8 +189,7 @@ class PDPruneConfig(SFTConfig):
         if self.distillation_loss not in DISTILLATION_LOSSES:
             known = ", ".join(DISTILLATION_LOSSES)
             raise ValueError(f"distillation_loss must be one of {known}, got {self.distillation_loss!r}")
-        if self.first_token not in STAGES:
-            raise ValueError(f"first_token must be {' or '.join(STAGES)}, got {self.first_token!r}")
+        check_first_token(self.first_token)
         self._check_ranges()
         if not (self.distillation_weight or self.cross_entropy_weight or self.hidden_matching_weight):
             raise ValueError(
