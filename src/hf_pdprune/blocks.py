@@ -106,8 +106,15 @@ def block_behind(block: nn.Module) -> nn.Module:
 
 def check_takes_cache(model: nn.Module) -> None:
     """Raises a `ValueError` if the model takes no KV cache, so that there is nothing to hand over."""
-    if "past_key_values" not in inspect.signature(get_decoder(model).forward).parameters:
+    arguments = inspect.signature(get_decoder(model).forward).parameters
+    if "past_key_values" not in arguments:
         raise ValueError(f"{type(model).__name__} takes no KV cache (past_key_values): there is nothing to hand over")
+    if not {"input_ids", "inputs_embeds"} & set(arguments):
+        # roformer: its blocks are in an inner module, which gets masks that have been put together already
+        raise ValueError(
+            f"{type(get_decoder(model)).__name__} has the blocks of {type(model).__name__} but does not embed tokens: "
+            "how many come, and which are padding, cannot be read there"
+        )
 
 
 def check_attends_by_mask(model: nn.Module) -> None:

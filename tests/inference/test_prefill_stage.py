@@ -120,6 +120,10 @@ class TestCall:
         assert eos in PrefillStage(tiny_llama, plan)(*prompts, eos_token_id=eos).first_token
 
     def test_too_long_prompts(self, tiny_llama, plan):
+        padded_right = torch.tensor([[1] * 16, [1] * 9 + [0] * 7])
+        for first_token in ("prefill", "decode"):
+            with pytest.raises(ValueError, match="padded on the left: one ends with padding"):
+                PrefillStage(tiny_llama, plan)(torch.full((2, 16), 5), padded_right, first_token=first_token)
         with pytest.raises(ValueError, match="the prompt has 513 tokens, the model's context is 512"):
             PrefillStage(tiny_llama, plan)(torch.ones(1, 513, dtype=torch.long))
 

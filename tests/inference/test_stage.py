@@ -1,5 +1,8 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from masked_reference import random_prompts
 from transformers import GenerationConfig
 
 from hf_pdprune.adapters import active_adapter
@@ -95,3 +98,18 @@ def test_position_ids_count_real_tokens():
     mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [0, 1, 0, 0, 1, 1]])
     expected = [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 1, 2]]
     assert position_ids(mask).tolist() == expected
+
+
+def test_stages_of_one_model_take_turns_in_threads(tiny_llama, plan):
+    prefill, decode = PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan)
+    prompts = [random_prompts([20, 11], seed=1), random_prompts([16, 16], seed=2)]
+
+    def answer(prompt):
+        return decode.generate(prefill(*prompt, do_sample=False), max_new_tokens=5, do_sample=False)
+
+    expected, before = [answer(prompt) for prompt in prompts], list(get_blocks(tiny_llama))
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(5):
+            for actual, wanted in zip(pool.map(answer, prompts), expected, strict=True):
+                assert torch.equal(actual, wanted)
+    assert list(get_blocks(tiny_llama)) == before

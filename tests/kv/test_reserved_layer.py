@@ -105,6 +105,17 @@ def test_tensors_from_elsewhere_are_not_written_to():
     assert torch.equal(keys, before)
 
 
+def test_a_turn_outside_of_the_inference_mode_of_the_first_one():
+    with torch.inference_mode():
+        layer = ReservedLayer()
+        for seed, tokens in enumerate((6, 1, 1)):
+            layer.update(*states(tokens, seed))
+    keys, values = layer.update(*states(1, seed=3))
+    parts = [states(tokens, seed) for seed, tokens in enumerate((6, 1, 1, 1))]
+    for actual, expected in zip((keys, values), zip(*parts, strict=True), strict=True):
+        assert torch.equal(actual, torch.cat(expected, dim=-2))
+
+
 def test_gradients_flow_through_what_is_appended():
     layer = ReservedLayer()
     layer.update(*states(5))

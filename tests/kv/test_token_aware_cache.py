@@ -1,5 +1,6 @@
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,6 +161,22 @@ class TestGenerate:
         embeddings = llama.get_input_embeddings()(input_ids)
         with TokenAwareCache(plan, llama) as cache:
             assert torch.equal(llama.generate(inputs_embeds=embeddings, past_key_values=cache, **settings), expected)
+
+
+def test_two_threads_with_a_cache_each_do_not_meet(model, plan):
+    """Prompts of other lengths and paddings, on one model, whose hooks all see all forwards."""
+    prompts = [random_prompts([30, 11], seed=1), random_prompts([24, 24], seed=2)]
+    requests = [{"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6} for ids, mask in prompts]
+    expected = [masked_generate(model, plan, mask, **r) for r, (_, mask) in zip(requests, prompts, strict=True)]
+
+    def answer(request):
+        with TokenAwareCache(plan, model) as cache:
+            return model.generate(past_key_values=cache, **request)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4):
+            for actual, wanted in zip(pool.map(answer, requests), expected, strict=True):
+                assert torch.equal(actual, wanted)
 
 
 class TestLifetime:

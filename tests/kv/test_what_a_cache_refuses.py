@@ -7,7 +7,7 @@ from masked_reference import (
 )
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_pdprune.kv import TokenAwareCache
+from hf_pdprune.kv import StaticDecodeCache, TokenAwareCache
 from hf_pdprune.plan import KVPlan, PruningPlan
 
 
@@ -73,6 +73,40 @@ class TestBadInput:
             with pytest.raises(ValueError, match="padding mask"):
                 llama(input_ids=input_ids, attention_mask=torch.ones(1, 1, 16, 16), past_key_values=cache)
 
+    def test_a_prompt_of_no_token(self, llama):
+        with pytest.raises(ValueError, match="prompt_tokens must be at least 1, got 0"):
+            TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama, prompt_tokens=0)
+
+    def test_generate_that_uses_no_cache(self, llama):
+        prompts = dict(zip(("input_ids", "attention_mask"), random_prompts([16, 3]), strict=True))
+        with TokenAwareCache(PruningPlan.empty(llama, kv=KV), llama) as cache:
+            with pytest.raises(ValueError, match="use_cache=False and a cache to go on from exclude each other"):
+                llama.generate(past_key_values=cache, use_cache=False, max_new_tokens=3, **prompts)
+
+    def test_rotary_frequencies_that_change_at_some_length(self, tiny_model):
+        # generate forgets the cache there and reads everything anew: nothing would be selected, without a word.
+        factors = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "rope_theta": 1e4}
+        model = tiny_model(
+            "phi3",
+            max_position_embeddings=64,
+            original_max_position_embeddings=20,
+            rope_parameters=factors | {"original_max_position_embeddings": 20},
+        )
+        plan = PruningPlan.empty(model, kv=KV)
+        for prompt, more in ((24, 2), (16, 8)):
+            input_ids, mask = random_prompts([prompt])
+            with TokenAwareCache(plan, model) as cache:
+                with pytest.raises(ValueError, match="Keep prompt and answer within 20 tokens"):
+                    model.generate(input_ids, attention_mask=mask, past_key_values=cache, max_new_tokens=more)
+        with TokenAwareCache(plan, model) as cache:
+            assert model.generate(input_ids, past_key_values=cache, max_new_tokens=4).shape == (1, 20)
+            assert cache.get_seq_length() == 19
+        with TokenAwareCache(plan, model) as cache:
+            model(input_ids=input_ids, past_key_values=cache)
+            with pytest.raises(ValueError, match="Keep prompt and answer within 20 tokens"):
+                StaticDecodeCache(cache, model, max_new_tokens=5)
+            assert StaticDecodeCache(cache, model, max_new_tokens=4).get_seq_length() == 16
+
     def test_model_of_another_plan(self, llama, tiny_model):
         with pytest.raises(ValueError, match="6 blocks"):
             TokenAwareCache(PruningPlan.empty(llama, kv=KV), tiny_model("llama", num_hidden_layers=5))
@@ -103,6 +137,11 @@ class TestUnsupportedArchitectures:
                     "vocab_size": 256,
                 },
                 "local attention",
+            ),
+            (
+                "roformer",
+                SMALL | {"intermediate_size": 96, "embedding_size": 64, "is_decoder": True},
+                "does not embed tokens",
             ),
             ("openai-gpt", {"n_embd": 64, "n_head": 4, "n_layer": 6, "vocab_size": 256}, "takes no KV cache"),
             (

@@ -80,12 +80,16 @@ class PrefillStage(Stage):
                 sequences there will be is up to decode.
 
         Raises:
-            `ValueError`: If a prompt is longer than the model's context, or has one token and decode is to read it.
+            `ValueError`: If a prompt is longer than the model's context, is padded on the right, or has one token and
+            decode is to read it, or if `generate_kwargs` ask for what a hand-over cannot do.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         check_first_token(first_token)
         self._check_length(input_ids.shape[1])
+        self.check_generation_settings(generate_kwargs, generates_first=first_token == "prefill")
+        if not attention_mask[:, -1].all():
+            raise ValueError("prompts must be padded on the left: one ends with padding")
         first = {}
         if first_token == "decode":
             if return_log_probs or input_ids.shape[1] < 2:
@@ -115,6 +119,8 @@ class PrefillStage(Stage):
         least = self.generation_setting(generate_kwargs, "min_new_tokens")
         if least is None:
             least = (self.generation_setting(generate_kwargs, "min_length") or 0) - input_ids.shape[1]
+        if self.generation_setting(generate_kwargs, "max_new_tokens") != 1:
+            generate_kwargs["forced_eos_token_id"] = None  # it is decode's last token that is forced
         generate_kwargs |= {"max_new_tokens": 1, "min_new_tokens": 1 if least > 0 else None}
         generate_kwargs |= {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": True}
         for name in ("max_length", "min_length", "streamer", "assistant_model", "prompt_lookup_num_tokens"):
@@ -146,7 +152,8 @@ class PrefillStage(Stage):
                 if number in numbers:
 
                     def send_block(*_: Any, number: int = number, index: int = index) -> None:
-                        if cache.prompt_is_complete:  # not before, where it is read in chunks
+                        # Not before, where it is read in chunks, nor in somebody else's forward.
+                        if cache.is_in_forward and cache.prompt_is_complete:
                             writer.send_block(number, cache.layers[index].keys, cache.layers[index].values)
 
                     handle = get_blocks(self.model)[index].register_forward_hook(send_block)

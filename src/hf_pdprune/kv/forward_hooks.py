@@ -1,5 +1,6 @@
 """ForwardHooks: what a cache does to a model's forward, so that token-aware blocks see what they hold."""
 
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..blocks import get_blocks, get_decoder
 from .attention_replay import AttentionReplay
 from .call_arguments import CallArguments
+from .longest_with_cache import check_keeps_cache, longest_with_cache
 from .observed_attention import observed_attention, visible_keys
 
 
@@ -22,8 +24,9 @@ if TYPE_CHECKING:
 class ForwardHooks:
     """
     The forward hooks of one cache on a model: on the decoder, and on each token-aware block. They act in forwards with
-    this cache only. They fit the one attention mask that transformers makes to what each block holds; where tokens are
-    chosen by attention, they observe the queries at the prompt's end and have the layer drop the others.
+    this cache only, whatever other threads run with other caches. They fit the one attention mask that transformers
+    makes to what each block holds; where tokens are chosen by attention, they observe the queries at the prompt's end
+    and have the layer drop the others.
 
     Args:
         cache ([`TokenAwareCache`]): The cache; the hooks go when it goes.
@@ -33,7 +36,7 @@ class ForwardHooks:
     def __init__(self, cache: "TokenAwareCache", model: nn.Module):
         self.cache = weakref.ref(cache)
         self.model = model
-        self.is_active = False  # whether a forward with this cache is running
+        self._thread: int | None = None  # the one that runs a forward with this cache
         self.first_query, self.queries = 0, 0  # its first token's position, and how many tokens it reads
         self.padding_mask: torch.Tensor | None = None  # (rows, seen tokens + new ones), 0 for padding
         # Its mask, and what became of it in layers that keep the same.
@@ -57,13 +60,25 @@ class ForwardHooks:
                 handles.append(block.register_forward_hook(self._shorten(layer)))
         self.remove = weakref.finalize(cache, _remove_all, handles)
 
+    @property
+    def is_active(self) -> bool:
+        """Whether this thread runs a forward with this cache."""
+        return self._thread == threading.get_ident()
+
     def _begin_forward(self, decoder: nn.Module) -> Callable:
         arguments = CallArguments(decoder)
+        longest = longest_with_cache(self.model)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            cache = self.cache()
-            if cache is None or arguments.get("past_key_values", args, kwargs) is not cache:
+            cache, given = self.cache(), arguments.get("past_key_values", args, kwargs)
+            if cache is None or given is not cache:
+                # What looks like the forward of a `generate` that has forgotten the open cache.
+                tokens = arguments.get("input_ids", args, kwargs)
+                if longest is not None and given is None and arguments.get("use_cache", args, kwargs):
+                    check_keeps_cache(longest, 0 if tokens is None else tokens.shape[1])
                 return None
+            if arguments.get("use_cache", args, kwargs) is False:
+                raise ValueError("use_cache=False and a cache to go on from exclude each other")
             name = "input_ids" if arguments.get("input_ids", args, kwargs) is not None else "inputs_embeds"
             rows, tokens = arguments.get(name, args, kwargs).shape[:2]
             new_tokens = cache.unseen_tokens(tokens)
@@ -75,13 +90,14 @@ class ForwardHooks:
             self.first_query, self.queries = cache.get_seq_length(), new_tokens
             self.padding_mask = arguments.get("attention_mask", args, kwargs)
             cache.begin_forward(rows, new_tokens, self.padding_mask)
-            self.is_active = True
+            self._thread = threading.get_ident()
             return args, kwargs
 
         return hook
 
     def _end_forward(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self.is_active, self.mask, self.padding_mask = False, None, None
+        if self.is_active:
+            self._thread, self.mask, self.padding_mask = None, None, None
 
     def _fit_mask(self, block: nn.Module, layer: "TokenAwareLayer") -> Callable:
         arguments = CallArguments(block)

@@ -12,6 +12,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..blocks import check_attends_by_mask, get_blocks
 from .call_arguments import CallArguments
+from .longest_with_cache import check_keeps_cache, longest_with_cache
 from .token_aware_cache import TokenAwareCache
 from .token_aware_layer import TokenAwareLayer
 
@@ -110,7 +111,7 @@ class StaticDecodeCache(Cache):
 
     Raises:
         `ValueError`: If the prompt has not been read to its end, if blocks attend to a sliding window or by distance
-        (ALiBi, local attention), or with flash attention.
+        (ALiBi, local attention), with flash attention, or where `generate` forgets its cache within that length.
     """
 
     def __init__(self, cache: TokenAwareCache, model: nn.Module, max_new_tokens: int):
@@ -129,6 +130,7 @@ class StaticDecodeCache(Cache):
         self.windows = _windows(cache)
         token_aware = {index: cache.layers[index] for index in self.windows}
         seen = cache.get_seq_length()
+        check_keeps_cache(longest_with_cache(model), seen + max_new_tokens)
         slots = {
             index: layer.first_tokens + layer.last_tokens + (seen - cache.prompt_tokens) + max_new_tokens
             for index, layer in token_aware.items()

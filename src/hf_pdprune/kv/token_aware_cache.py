@@ -58,6 +58,8 @@ class TokenAwareCache(Cache):
         prompt_tokens: int | None = None,
         running_blocks: Sequence[int] | None = None,
     ):
+        if prompt_tokens is not None and prompt_tokens < 1:
+            raise ValueError(f"prompt_tokens must be at least 1, got {prompt_tokens}")
         super().__init__(layers=DynamicCache(config=model.config).layers)
         self.plan = plan
         self.blocks = plan.blocks_of(model.config)
@@ -195,17 +197,30 @@ class TokenAwareCache(Cache):
                 "the cache holds a prompt that is padded otherwise than this one: for a new prompt, reset() the cache"
             )
 
+    @property
+    def is_in_forward(self) -> bool:
+        """Whether this thread runs a forward with this cache."""
+        return self._hooks.is_active
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        # A model without this cache's hooks would append to it, and neither drop tokens nor mask them.
+        if not self.is_in_forward:
+            self._check_announced(key_states.shape[-2], layer_idx)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def _check_announced(self, new_tokens: int, layer_idx: int) -> None:
+        """
+        Raises a `ValueError` if tokens come that no forward has announced. A model without this cache's hooks would
+        append to it, and neither drop tokens nor mask them. (A block that is computed again in the backward pass has
+        had its forward announced.)
+        """
         held = self.layers[layer_idx].get_seq_length() if layer_idx < len(self.layers) else self.announced_tokens
-        if self.announced_tokens < held + key_states.shape[-2]:
+        if self.announced_tokens < held + new_tokens:
             raise ValueError(
                 "this cache was made for another model, or has been closed: make one for the model that runs, "
                 "TokenAwareCache(plan, model)"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     @property
     def token_aware_indices(self) -> list[int]:
