@@ -66,6 +66,31 @@ class TestGenerate:
         model.generation_config.update(**settings)
         self.check(model, plan, prompts)
 
+    @pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
+    def test_without_a_length_the_models_context_is_the_limit(self, tiny_model):
+        for architecture in ("llama", "opt"):
+            model = tiny_model(architecture, max_position_embeddings=30)
+            plan, (input_ids, mask) = PruningPlan.empty(model), random_prompts([20])
+            for first in ("prefill", "decode"):
+                payload = PrefillStage(model, plan)(input_ids, mask, do_sample=False, first_token=first)
+                sequences = DecodeStage(model, plan).generate(payload, do_sample=False, eos_token_id=None)
+                assert sequences.shape == (1, 30)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"max_length": 16}, "leaves 0 tokens to generate"),
+            ({"max_length": 10}, "leaves -6 tokens to generate"),
+            ({"max_new_tokens": 0}, "leaves 0 tokens to generate"),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("first", ["prefill", "decode"])
+    def test_what_cannot_be_generated(self, model, plan, prompts, settings, message, first):
+        payload = PrefillStage(model, plan)(*prompts, first_token=first)
+        with pytest.raises(ValueError, match=message):
+            DecodeStage(model, plan).generate(payload, **settings)
+
     def test_a_generation_config_of_the_callers_own(self, model, plan, prompts):
         self.check(model, plan, prompts, generation_config=GenerationConfig(max_new_tokens=6, do_sample=False))
 

@@ -6,6 +6,7 @@ import torch
 from transformers import Cache, GenerationConfig
 
 from ..kv import KVPayload, PayloadError, StaticDecodeCache, TokenAwareCache
+from .continued_generation import continued_settings, ends_with_first_token
 from .stage import Stage, position_ids
 
 
@@ -50,27 +51,29 @@ class DecodeStage(Stage):
         Raises:
             `PayloadError`: If the payload is of another plan or of another pair of stages, or has no token to go on
             from.
+            `ValueError`: If `generate_kwargs` leave nothing to generate, or ask for what a hand-over cannot do.
         """
         payload.check_model(self.fingerprint)
         if payload.first_token is None and payload.last_token is None:
             raise PayloadError("the payload has no first token: it was made for teacher forcing")
+        self.check_generation_settings(generate_kwargs, generates_first=payload.first_token is not None)
         payload = payload.prompt_to(self.model.device)
         if payload.first_token is None:
             return self._generate_all(payload, generate_kwargs)
+
+        def setting(name: str) -> Any:
+            return self.generation_setting(generate_kwargs, name)
+
         sequences = torch.cat([payload.prompt_ids, payload.first_token], dim=1)
         mask = torch.cat([payload.prompt_mask, torch.ones_like(payload.first_token)], dim=1)
-        eos, pad = (self.generation_setting(generate_kwargs, name) for name in ("eos_token_id", "pad_token_id"))
-        returned = self.generation_setting(generate_kwargs, "num_return_sequences") or 1
-        copies = max(returned, self.generation_setting(generate_kwargs, "num_beams") or 1)
+        returned = setting("num_return_sequences") or 1
+        copies = max(returned, setting("num_beams") or 1)
         more_tokens = self._max_new_tokens(payload.prompt_tokens, generate_kwargs) - 1
-        min_new_tokens = self.generation_setting(generate_kwargs, "min_new_tokens")
-        if min_new_tokens is not None:
-            generate_kwargs["min_new_tokens"] = max(min_new_tokens - 1, 0)
         streamer = generate_kwargs.get("streamer")
-        generate_kwargs |= {"max_new_tokens": more_tokens, "max_length": None, "return_dict_in_generate": False}
-
         # Rows that ended with the first token stay out: generate would take it for a part of the prompt and go on.
-        goes_on = ~_is_any_of(payload.first_token, eos)
+        goes_on = ~ends_with_first_token(sequences, setting)
+        generate_kwargs |= continued_settings(setting, goes_on.nonzero()[:, 0])
+        generate_kwargs |= {"max_new_tokens": more_tokens, "max_length": None, "return_dict_in_generate": False}
         generated = sequences[goes_on].repeat_interleave(returned, dim=0)
         if more_tokens > 0 and goes_on.any():
             with self.active():
@@ -90,8 +93,10 @@ class DecodeStage(Stage):
             streamer.end()
         if goes_on.all():
             return generated
+        eos, pad = setting("eos_token_id"), setting("pad_token_id")
         filler = pad if pad is not None else eos[0] if isinstance(eos, list) else eos  # as model.generate fills rows
-        result = sequences.new_full((len(sequences) * returned, generated.shape[1]), filler)
+        # Without an end-of-sequence token all rows end together, and none is filled up.
+        result = sequences.new_full((len(sequences) * returned, generated.shape[1]), filler or 0)
         result[:, : sequences.shape[1]] = sequences.repeat_interleave(returned, dim=0)
         result[goes_on.repeat_interleave(returned)] = generated
         return result
@@ -119,19 +124,25 @@ class DecodeStage(Stage):
         if self._static_cache is not None and self._static_cache.has_room_for(cache, more_tokens):
             self._static_cache.fill(cache)
         else:
-            self._static_cache = None  # before there is another one
+            if self._static_cache is not None:  # gone before there is another one
+                self._static_cache.close()
+                self._static_cache = None
             self._static_cache = StaticDecodeCache(cache, self.model, more_tokens)
         return self._static_cache
 
     def _max_new_tokens(self, prompt_tokens: int, generate_kwargs: dict[str, Any]) -> int:
-        """How many tokens `model.generate` would add to the prompt."""
+        """How many tokens `model.generate` would add to the prompt. Raises a `ValueError` if there are none."""
         max_new_tokens = self.generation_setting(generate_kwargs, "max_new_tokens")
         max_length = self.generation_setting(generate_kwargs, "max_length")
-        if max_new_tokens is not None:
-            return max_new_tokens
-        if max_length is not None:
-            return max_length - prompt_tokens
-        return GenerationConfig._get_default_generation_params()["max_length"]
+        if max_new_tokens is None and max_length is None:
+            default = GenerationConfig._get_default_generation_params()["max_length"]
+            context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            max_new_tokens = default if context is None else min(default, context - prompt_tokens)
+        elif max_new_tokens is None:
+            max_new_tokens = max_length - prompt_tokens
+        if max_new_tokens < 1:
+            raise ValueError(f"a prompt of {prompt_tokens} tokens leaves {max_new_tokens} tokens to generate")
+        return max_new_tokens
 
     def forward(
         self, payload: KVPayload, completion_ids: torch.LongTensor, completion_mask: torch.Tensor
@@ -163,9 +174,3 @@ class DecodeStage(Stage):
                     use_cache=True,
                 )
         return output.logits
-
-
-def _is_any_of(tokens: torch.Tensor, ids: int | list[int] | None) -> torch.Tensor:
-    """Which rows of `tokens` (batch_size, 1) are one of `ids`."""
-    wanted = [] if ids is None else ids if isinstance(ids, list) else [ids]
-    return torch.isin(tokens[:, 0], torch.tensor(wanted, device=tokens.device, dtype=tokens.dtype))
