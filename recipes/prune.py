@@ -305,11 +305,11 @@ def search(
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
     folder = Path(training_args.output_dir)
     run = RunFolder(folder, FILES_OF_STEP, args.overwrite, (PruneArguments, SearchConfig, PDPruneConfig))
-    benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens])
+    first_token = training_args.first_token  # holds for search, distillation and measurement alike
+    benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens], first_token=first_token)
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)
     config.check_model(num_blocks(model.config))
-    first_token = training_args.first_token  # holds for search, distillation and measurement alike
     # Unknown data and empty text fail before the long work, not after it.
     held_out = batches(args, tokenizer, first_token)
     overlap = check_overlap(args)
@@ -356,7 +356,8 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         }
         dense_text = continue_prompt(model, tokenizer, args.sample_prompt, args.sample_tokens)
         del model, healed, pairs
-        handed_over = handover_between_processes(folder, [args.sample_prompt], args.sample_tokens)
+        prompts, tokens = [args.sample_prompt], args.sample_tokens
+        handed_over = handover_between_processes(folder, prompts, tokens, first_token=first_token)
         results["sample"] = {"prompt": args.sample_prompt, "dense": dense_text, "pruned": handed_over["text"][0]}
         results["handover"] = {key: handed_over[key] for key in ("prompt_tokens", "nbytes", "nbytes_dense", "seconds")}
         write_results(folder, results)

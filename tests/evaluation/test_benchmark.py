@@ -131,6 +131,34 @@ def test_on_an_accelerator_every_length_has_been_met_before_a_step_is_timed(tiny
     assert held == {"dense": case["kv"]["bytes_dense"], "pruned": case["kv"]["bytes_kv"]}
 
 
+def test_where_decode_generates_the_first_token_its_step_is_part_of_ttft(tiny_llama, plan, monkeypatch):
+    pair = [kind(build_stage(tiny_llama, plan, kind.name), plan) for kind in (PrefillStage, DecodeStage)]
+    benchmark, calls = SpeedBenchmark(tiny_llama, *pair, small(first_token="decode")), []
+    step, timed = SpeedBenchmark._step, SpeedBenchmark._timed
+
+    def watched_step(self, model, cache, tokens, mask):
+        calls.append(("step", cache.get_seq_length(), tokens[:, 0].tolist()))
+        return step(self, model, cache, tokens, mask)
+
+    def watched_timing(self, function, *args):
+        calls.append(("timed", function.__name__))
+        return timed(self, function, *args)
+
+    monkeypatch.setattr(SpeedBenchmark, "_step", watched_step)
+    monkeypatch.setattr(SpeedBenchmark, "_timed", watched_timing)
+    result = benchmark.run()
+    last = torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(0))[:, -1].tolist()
+    at = calls.index(("timed", "_pruned_prefill"))
+    assert calls[at + 1] == ("step", 31, last)
+    # Both caches hold all of the prompt where decode steps begin, and go on from what their own model said.
+    prefill, decode = pair
+    prompt = torch.randint(256, (1, 32), generator=torch.Generator().manual_seed(0))
+    wanted = decode.generate(prefill(prompt, first_token="decode"), max_new_tokens=1, do_sample=False)[:, -1].tolist()
+    first_steps = [call for call in calls[calls.index(("timed", "watched_step")) :] if call[0] == "step" and call[1] == 32]
+    assert len(first_steps) == 2 and first_steps[1][2] == wanted
+    assert result["environment"]["first_token"] == "decode"
+
+
 def test_nothing_removed_has_no_saved_over_share(tiny_llama):
     plan = PruningPlan.empty(tiny_llama)
     result = SpeedBenchmark(tiny_llama, PrefillStage(tiny_llama, plan), DecodeStage(tiny_llama, plan), small()).run()
@@ -193,6 +221,7 @@ def test_decode_steps_can_be_compiled(tiny_llama, plan, monkeypatch):
         {"repeats": 0},
         {"answer_tokens": 0},
         {"warmup": -1},
+        {"first_token": "both"},
     ],
 )
 def test_bad_options_are_named(values):

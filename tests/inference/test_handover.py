@@ -56,6 +56,19 @@ def test_two_processes_equal_one(tiny_llama, tiny_tokenizer, tmp_path):
     assert result["backend"] == choose_backend(0, nccl_gpus())[0]
 
 
+def test_decode_may_generate_the_first_token(tiny_llama, tiny_tokenizer, tmp_path):
+    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((1, 3)), kv=KVPlan((2,), 2, 6))
+    export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer)
+    result = handover_between_processes(tmp_path, PROMPTS, 6, num_threads=1, first_token="decode")
+    inputs = tiny_tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    prefill, decode = load_stages(tmp_path)
+    payload = prefill(**inputs, first_token="decode")
+    assert result["sequences"] == decode.generate(payload, max_new_tokens=6, do_sample=False).tolist()
+    assert result["prompt_tokens"] == inputs["input_ids"].shape[1]
+    with pytest.raises(ValueError, match="first_token must be prefill or decode, got 'both'"):
+        handover_between_processes(tmp_path, PROMPTS, 6, first_token="both")
+
+
 def test_both_processes_load_a_unified_model(tiny_llama, tiny_tokenizer, tmp_path):
     plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((3,)), decode=StagePlan((3,)))
     export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer, layout=("unified",))

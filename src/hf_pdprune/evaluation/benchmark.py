@@ -28,9 +28,9 @@ class SpeedBenchmark:
     Times a pair of stages and the dense model in turns: a prefill of the one, then of the other; a decode step of the
     one, then of the other. What else the machine does meets both alike, and medians leave out what meets only one.
 
-    TTFT is the time from the prompt's ids to the first token, for the pair with its payload made; TPOT that of one
-    greedy decode step on the cache of the prompt, the pair's made from the payload. Latency and throughput of an
-    answer follow from both; time on a link is not in them.
+    TTFT is the time from the prompt's ids to the first token, for the pair with its payload made, and where decode
+    generates that token, read; TPOT that of one greedy decode step on the cache of the prompt, the pair's made from
+    the payload. Latency and throughput of an answer follow from both; time on a link is not in them.
 
     Args:
         dense_model ([`~transformers.PreTrainedModel`]): The dense model.
@@ -126,7 +126,11 @@ class SpeedBenchmark:
             "kv": {"prompt_tokens": first["prompt_tokens"], **first["kv"]},
             "cases": cases,
             "shares": shares,
-            "environment": describe_environment(self.dense_model) | {"compiled_decode": self.config.compile_decode},
+            "environment": {
+                **describe_environment(self.dense_model),
+                "compiled_decode": self.config.compile_decode,
+                "first_token": self.config.first_token,
+            },
         }
 
     def _case(self, prompt_tokens: int, batch_size: int, progress: tqdm) -> dict[str, Any]:
@@ -145,7 +149,7 @@ class SpeedBenchmark:
                     if name == "dense":
                         seconds, cache, first_token = self._timed(self._dense_prefill, prompt_ids)
                     else:
-                        seconds, payload = self._timed(self._pruned_prefill, prompt_ids)
+                        seconds, payload, pruned_token = self._timed(self._pruned_prefill, prompt_ids)
                 if turn >= 0:
                     ttft[name].append(seconds)
             progress.update()
@@ -153,7 +157,8 @@ class SpeedBenchmark:
 
         # Time per output token
         payload = payload.prompt_to(self.decode.model.device)
-        tokens = {"dense": first_token, "pruned": payload.first_token}
+        pruned_token = pruned_token.to(self.decode.model.device)
+        tokens = {"dense": first_token, "pruned": pruned_token}
         # Columns of the prompts' ids so far: with strides of their own the first step would be compiled for itself.
         tokens = {name: ids.clone(memory_format=torch.contiguous_format) for name, ids in tokens.items()}
         if self._meets_lengths_first:
@@ -187,11 +192,18 @@ class SpeedBenchmark:
         }
 
     def _pair_cache(self, payload: KVPayload) -> TokenAwareCache:
-        """What decode goes on with, a context that takes its hooks away again."""
+        """What decode goes on with from the first token on, a context that takes its hooks away again."""
+        return self._read(payload)[0]
+
+    def _read(self, payload: KVPayload) -> tuple[TokenAwareCache, torch.LongTensor]:
+        """The cache of a payload, in which all of the prompt has been read, and the first token."""
         with self.decode.active():
-            return TokenAwareCache.from_payload(
+            cache = TokenAwareCache.from_payload(
                 payload, self.decode.plan, self.decode.model, self.decode.running_blocks
             )
+            if payload.last_token is None:
+                return cache, payload.first_token
+            return cache, self._step(self.decode.module, cache, payload.last_token, None)
 
     def _steps(
         self,
@@ -263,8 +275,15 @@ class SpeedBenchmark:
         )
         return cache, sequences[:, -1:]
 
-    def _pruned_prefill(self, prompt_ids: torch.LongTensor) -> KVPayload:
-        return self.prefill(prompt_ids, torch.ones_like(prompt_ids), do_sample=False)
+    def _pruned_prefill(self, prompt_ids: torch.LongTensor) -> tuple[KVPayload, torch.LongTensor]:
+        first_token = self.config.first_token
+        payload = self.prefill(prompt_ids, torch.ones_like(prompt_ids), first_token=first_token, do_sample=False)
+        if first_token == "prefill":
+            return payload, payload.first_token
+        payload = payload.prompt_to(self.decode.model.device)
+        cache, token = self._read(payload)
+        cache.close()
+        return payload, token
 
     def _step(
         self, model: Callable, cache: Cache, tokens: torch.LongTensor, mask: torch.LongTensor | None

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from ..pair_layout import STAGES, check_first_token
+
 
 @dataclass
 class BenchmarkConfig:
@@ -25,6 +27,9 @@ class BenchmarkConfig:
         compile_decode (`bool`, *optional*, defaults to `False`):
             Whether decode steps are compiled (`torch.compile`), those of the dense model on a `StaticCache`, the
             pair's on a [`StaticDecodeCache`]. It takes minutes that are not counted.
+        first_token (`str`, *optional*, defaults to `"prefill"`):
+            Which stage of the pair generates the first token. With `"decode"`, TTFT has the decode step in it that
+            reads the prompt's last token.
         seed (`int`, *optional*, defaults to `0`):
             Of the random prompts.
     """
@@ -45,9 +50,17 @@ class BenchmarkConfig:
     compile_decode: bool = field(
         default=False, metadata={"help": "Compile decode steps, on caches whose shapes stay the same."}
     )
+    first_token: str = field(
+        default="prefill",
+        metadata={
+            "help": "Which stage of the pair generates the first token; decode's step for it is part of TTFT.",
+            "choices": list(STAGES),
+        },
+    )
     seed: int = field(default=0, metadata={"help": "Of the random prompts."})
 
     def __post_init__(self):
+        check_first_token(self.first_token)
         for name in ("prompt_tokens", "batch_sizes"):
             values = getattr(self, name)
             if not values or any(isinstance(v, bool) or not isinstance(v, int) or v < 1 for v in values):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from ..kv import KVPayload, PayloadError
-from ..pair_layout import stage_folders
+from ..pair_layout import check_first_token, stage_folders
 from ..plan import PruningPlan
 from ..weight_files import check_weight_index
 from .decode_stage import DecodeStage
@@ -94,6 +94,7 @@ def handover_between_processes(
     prompts: Sequence[str],
     max_new_tokens: int,
     num_threads: int | None = None,
+    first_token: str = "prefill",
     **generate_kwargs: Any,
 ) -> dict[str, Any]:
     """
@@ -106,8 +107,9 @@ def handover_between_processes(
     Args:
         stages_folder (`str`): Folder of a pair, tokenizer included (see [`export_stages`]).
         prompts (`Sequence[str]`): Prompts of one batch.
-        max_new_tokens (`int`): Tokens to generate, the first one, which prefill generates, included.
+        max_new_tokens (`int`): Tokens to generate, the first one included.
         num_threads (`int`, *optional*): CPU threads per process. Default: half of this process's.
+        first_token (`str`, defaults to `"prefill"`): Which stage generates the first token.
         generate_kwargs: As for `model.generate`, in both stages; only what JSON can hold.
 
     Returns:
@@ -129,10 +131,12 @@ def handover_between_processes(
         raise ValueError("prompts must be a list of at least one text")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    check_first_token(first_token)
     job = {
         "folders": {stage: str(folder) for stage, folder in folders.items()},
         "prompts": list(prompts),
         "generate_kwargs": {"do_sample": False, **generate_kwargs, "max_new_tokens": max_new_tokens},
+        "first_token": first_token,
         "num_threads": num_threads or max(1, torch.get_num_threads() // 2),
     }
     # The store takes any free port; both processes find each other, and leave the result, there.
@@ -183,7 +187,8 @@ def _prefill(
 ) -> None:
     batch = tokenizer(job["prompts"], return_tensors="pt", padding=True).to(device)
     start = time.perf_counter()
-    payload = stage(batch["input_ids"], batch["attention_mask"], **job["generate_kwargs"])
+    first_token = job["first_token"]
+    payload = stage(batch["input_ids"], batch["attention_mask"], first_token=first_token, **job["generate_kwargs"])
     if device.type != "cpu":
         torch.cuda.synchronize(device)  # what is still computed belongs to prefill, not to the transfer
     seconds = time.perf_counter() - start
@@ -203,7 +208,8 @@ def _decode(
     seconds["transfer"] = time.perf_counter() - start
     backend = dist.get_backend()
     _leave_group()
-    nbytes, nbytes_dense, prompt_tokens = payload.nbytes, payload.nbytes_dense, payload.prompt_tokens
+    nbytes, nbytes_dense = payload.nbytes, payload.nbytes_dense
+    prompt_tokens = payload.prompt_tokens + (payload.last_token is not None)  # which is handed over beside the others
     start = time.perf_counter()
     sequences = stage.generate(payload, **job["generate_kwargs"]).cpu()
     seconds["decode"] = time.perf_counter() - start
