@@ -19,6 +19,7 @@ LAYERS = [
     "spread_weights",
     "shortened_config",
     "blocks",
+    "exclusive_use",
     "pair_layout",
     "plan_parts",
     "plan",
