@@ -73,6 +73,11 @@ class GapFit:
     neurons: TakenNeurons | None = None
     correction: tuple[torch.Tensor, torch.Tensor] | None = None
 
+    @property
+    def layers(self) -> list[str]:
+        """Names within the block of the linear layers that do it."""
+        return [*(self.neurons.input_layers if self.neurons is not None else ()), self.output_layer]
+
     @contextmanager
     def active(self, blocks: Sequence[nn.Module], number: int) -> Iterator[None]:
         """

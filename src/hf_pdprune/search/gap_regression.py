@@ -105,20 +105,6 @@ class GapRegression:
             data = _Gap(self.blocks[block], block, gaps, neurons, list(hidden), target)
             return self._take_over_neurons(data) if neurons else self._correct(data, rank)
 
-    def may_fit(self, block: int, gaps: Gaps, takes_neurons: bool = True) -> tuple[bool, list[str]]:
-        """
-        What [`GapRegression.fit`] would do.
-
-        Returns:
-            `tuple[bool, list[str]]`: Whether it fits the block, and by taking over neurons the input layers' names.
-        """
-        with gathering(self.model), evaluating(self.model), active_adapter(self.model, None):
-            hidden = self.advance([None] * len(self.input_ids), ())[0]
-            if not self._adds_last_layer(block, hidden):
-                return False, []
-            neurons = self._neurons(block, gaps, hidden) if takes_neurons else []
-            return bool(neurons or gaps.behind), list(neurons[0].input_layers) if neurons else []
-
     def _correct(self, gap: "_Gap", rank: int) -> GapFit:
         """The best correction of the block's last linear layer."""
         problem, error = self._problem(gap)

@@ -1,55 +1,75 @@
 """LocalDistillation: the adapters' start in closed form, before the first step of a training."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
-import torch
 from torch import nn
 
+from ..artefact_file import read_json, write_artefact
+from ..blocks import get_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
 from .residual_fit import ResidualFit
 from .stage_adapters import StageAdapters
 
 
+FITTED_LAYERS_FILE_NAME = "fitted_layers.json"
+
+
 class LocalDistillation:
     """
-    Fits the adapters that learn to what the first round removes (see [`ResidualFit`]).
+    Fits the adapters that learn to what the first round removes (see [`ResidualFit`]), and knows which of their layers
+    it has set. That depends on the data and on rounding, so it is written down with each checkpoint.
 
     Args:
-        model (`nn.Module`): The dense model with adapters.
         plan ([`PruningPlan`]): What is removed in the first round.
         adapters ([`StageAdapters`]): Which adapter each stage applies, and which of them learn.
+
+    Attributes:
+        fitted (`dict[str, list[str]]`): By adapter, the linear layers that have been set, as `"<block>.<name>"`.
     """
 
-    def __init__(self, model: nn.Module, plan: PruningPlan, adapters: StageAdapters):
-        self.model = model
+    def __init__(self, plan: PruningPlan, adapters: StageAdapters):
         self.skipped_blocks = {
             adapter: plan.stage(adapters.stages_of(adapter)[0]).skipped_blocks for adapter in adapters.trained
         }
+        self.fitted: dict[str, list[str]] = {}
 
-    def fit(self, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
+    def fit(self, model: nn.Module, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
         """
         Sets the adapters.
 
         Args:
+            model (`nn.Module`): The dense model with adapters.
             rows (`Iterable[dict]`): Training rows with `input_ids`.
             num_tokens (`int`): Tokens of them that are used, in rows of equal length.
         """
         # Rows of a packed data set are shorter than what positions the stages meet: they are joined.
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, self._device)
-        fit = ResidualFit(self.model, tokens)
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        device = model.get_input_embeddings().weight.device
+        tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, device)
+        fit = ResidualFit(model, tokens)
         for adapter, skipped in self.skipped_blocks.items():
             fit.fit(skipped, adapter)
+        self.fitted = fit.fitted
 
-    def freeze(self) -> None:
-        """Lets the layers that are fitted learn no more. A resumed training, too, freezes them: it needs no data."""
-        few = torch.arange(min(8, self.model.config.get_text_config().vocab_size), device=self._device)
-        fit = ResidualFit(self.model, [few.unsqueeze(0)])
-        for adapter, skipped in self.skipped_blocks.items():
-            for parameter in fit.fitted_parameters(skipped, adapter):
-                parameter.requires_grad_(False)
+    def freeze(self, model: nn.Module) -> None:
+        """Lets the layers that have been set learn no more; the model as for [`LocalDistillation.fit`]."""
+        blocks = get_blocks(model)
+        for adapter, layers in self.fitted.items():
+            for name in layers:
+                block, _, path = name.partition(".")
+                layer = blocks[int(block)].get_submodule(path)
+                for part in (layer.lora_A, layer.lora_B):
+                    part[adapter].weight.requires_grad_(False)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.model.get_input_embeddings().weight.device
+    # Checkpoints
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes which layers have been set into a checkpoint."""
+        write_artefact(Path(folder) / FITTED_LAYERS_FILE_NAME, self.fitted)
+
+    def load(self, folder: str | os.PathLike) -> None:
+        """Takes over what a checkpoint says; its weights are those of its adapters."""
+        self.fitted = read_json(Path(folder) / FITTED_LAYERS_FILE_NAME)

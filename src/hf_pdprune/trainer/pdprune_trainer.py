@@ -107,6 +107,7 @@ class PDPruneTrainer(SFTTrainer):
             args.removal_fade_steps,
             self._search_round if args.search_in_rounds else None,
         )
+        self.local_distillation = LocalDistillation(self.removal.plan_of_round(1), self.stage_adapters)
         args.check_plan(plan)
         self._fingerprint, is_loaded_in_parts = shared_fingerprint(model)
         self.dense_model = None  # the model itself, where adapters learn
@@ -174,6 +175,7 @@ class PDPruneTrainer(SFTTrainer):
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             self.removal.load(resume_from_checkpoint)
+            self.local_distillation.load(resume_from_checkpoint)
             self.removal.move_to(max(state.global_step - 1, 0), state.max_steps)  # as it was when it was saved
             steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
             if state.global_step >= steps:  # Trainer would do one step more
@@ -194,19 +196,16 @@ class PDPruneTrainer(SFTTrainer):
 
     def _distil_locally(self, is_resumed: bool) -> None:
         """Starts the adapters from a fit in closed form; what was fitted is not trained on."""
-        args = self.args
-        if not args.local_distillation_tokens or args.full_finetuning:
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        if args.local_distillation_tokens and not args.full_finetuning and not is_resumed:
+            if all(isinstance(model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
+                self.local_distillation.fit(model, self.train_dataset, args.local_distillation_tokens)
+        if not self.local_distillation.fitted or args.train_fitted_layers:
             return
-        if not all(isinstance(self.model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
-            return
-        model, plan = self.accelerator.unwrap_model(self.model), self.removal.plan_of_round(1)
-        distillation = LocalDistillation(model, plan, self.stage_adapters)
-        if not is_resumed:
-            distillation.fit(self.train_dataset, args.local_distillation_tokens)
         if self._is_sharded and self.is_deepspeed_enabled:
             logger.warning("ZeRO-3 leaves frozen parameters out of its checkpoints: fitted layers are trained on")
-        elif not args.train_fitted_layers:
-            distillation.freeze()
+        else:
+            self.local_distillation.freeze(model)
 
     def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """The plan of the next round, chosen with what the adapters have learned (see [`RoundSearch`])."""
@@ -360,6 +359,7 @@ class PDPruneTrainer(SFTTrainer):
             if self.args.should_save:
                 self.plan.save_pretrained(output_dir)
                 self.removal.save(output_dir)
+                self.local_distillation.save(output_dir)
             return
         if self.state.global_step > 0 and not self.removal.is_complete:
             logger.warning("training ended before all blocks were removed; the saved stages lack all of them")

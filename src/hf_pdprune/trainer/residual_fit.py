@@ -35,11 +35,15 @@ class ResidualFit:
     Args:
         model (`nn.Module`): The dense model with LoRA adapters.
         input_ids (`Sequence[torch.LongTensor]`): Batches of shape `(batch_size, tokens)`, without padding.
+
+    Attributes:
+        fitted (`dict[str, list[str]]`): By adapter, the linear layers that have been set, as `"<block>.<name>"`.
     """
 
     def __init__(self, model: nn.Module, input_ids: Sequence[torch.LongTensor]):
         self.blocks = get_blocks(model)
         self.regression = GapRegression(model, input_ids)
+        self.fitted: dict[str, list[str]] = {}
         # Stages need mostly the same ones.
         self._fits: dict[tuple, GapFit | None] = {}
         self._behind: dict[tuple, list[torch.Tensor]] = {}
@@ -57,6 +61,7 @@ class ResidualFit:
         """
         beside = blocks_beside_gaps(len(self.blocks), missing_blocks)
         left: dict[int, float] = {}
+        layers = self.fitted.setdefault(adapter, [])
         path: tuple = ()
         description = f"Local distillation, {adapter}"
         for block, gaps in tqdm(beside.items(), desc=description, disable=not PartialState().is_main_process):
@@ -69,23 +74,12 @@ class ResidualFit:
             if fit is not None:
                 fit.start_adapter(self.blocks, block, adapter)
                 left[block] = fit.left
+                layers += [f"{block}.{name}" for name in fit.layers]
             if gaps.behind and path not in self._behind:
                 with nullcontext() if fit is None else fit.active(self.blocks, block):
                     self._behind[path] = self.regression.advance(hidden, (block,))
         logger.info("local distillation of %s: %s of the squared error is left per block", adapter, left)
         return left
-
-    def fitted_parameters(self, missing_blocks: Collection[int], adapter: str) -> list[nn.Parameter]:
-        """The parameters of an adapter that [`ResidualFit.fit`] sets; arguments as there."""
-        layers: list[BaseTunerLayer] = []
-        for block, gaps in blocks_beside_gaps(len(self.blocks), missing_blocks).items():
-            if self._rank(block, adapter) is None:
-                continue
-            fits, inputs = self.regression.may_fit(block, gaps, self._takes_neurons(block, adapter))
-            if fits:
-                own = linear_layers(self.blocks[block])
-                layers += [next(reversed(own.values())), *(own[name] for name in inputs)]
-        return [part[adapter].weight for layer in layers for part in (layer.lora_A, layer.lora_B)]
 
     def _fit_block(self, block: int, gaps: Gaps, adapter: str, hidden: list[torch.Tensor]) -> GapFit | None:
         """What a block takes over of its gaps; `None` where nothing fits."""
