@@ -55,3 +55,11 @@ def test_fading_and_the_closed_form_exclude_each_other(tmp_path):
         PDPruneConfig(str(tmp_path), removal_fade_steps=3)
     assert PDPruneConfig(str(tmp_path), removal_fade_steps=3, local_distillation_tokens=0)
     assert PDPruneConfig(str(tmp_path), removal_fade_steps=3, stage="decode", full_finetuning=True)
+
+
+@pytest.mark.parametrize("metric", ["eval_kl", "kl", "eval_decode_kl", "eval_a_perplexity", "eval_loss"])
+def test_less_is_better_of_distances_and_losses(tmp_path, metric):
+    assert PDPruneConfig(str(tmp_path), metric_for_best_model=metric).greater_is_better is False
+    assert PDPruneConfig(str(tmp_path), metric_for_best_model=metric, greater_is_better=True).greater_is_better
+    assert PDPruneConfig(str(tmp_path), metric_for_best_model="eval_top1_agreement").greater_is_better
+    assert PDPruneConfig(str(tmp_path)).greater_is_better is None

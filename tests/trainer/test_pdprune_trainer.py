@@ -360,6 +360,15 @@ def test_metrics_early_stopping_and_best_model(tiny_llama, make_trainer, rows):
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
 
 
+def test_the_model_of_the_lowest_kl_is_loaded_at_the_end(tiny_llama, make_trainer):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl"}
+    trainer = make_trainer(tiny_llama, local_distillation_tokens=0, **often, **best)
+    trainer.train()
+    lowest = min(entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry)
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(lowest, rel=1e-5) == trainer.state.best_metric
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_fitted_layers_are_trained_on_only_where_asked_for(tiny_model, make_trainer, tmp_path, trained):
     def lora_of(trainer):

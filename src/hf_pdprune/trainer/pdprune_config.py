@@ -12,6 +12,9 @@ from .stage_adapters import STAGE_ADAPTERS
 from .token_losses import TokenLosses
 
 
+_LESS_IS_BETTER = ("kl", "perplexity", "loss")  # ends of metrics' names
+
+
 @dataclass
 class PDPruneConfig(SFTConfig):
     """
@@ -19,7 +22,8 @@ class PDPruneConfig(SFTConfig):
 
     Some defaults differ from trl's: `learning_rate` is that of LoRA, `activation_checkpointing` is off (it costs a
     second forward of the stages), and `bf16` is on only where the device is good at it (on CPUs without AMX it is 6
-    to 30 times slower than float32).
+    to 30 times slower than float32). `greater_is_better` is `False` by default where `metric_for_best_model` is a KL
+    or a perplexity, too.
 
     Parameters:
         > Parameters that control what is trained
@@ -183,6 +187,8 @@ class PDPruneConfig(SFTConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(_LESS_IS_BETTER):
+            self.greater_is_better = False  # transformers knows of losses alone
         super().__post_init__()
         if self.stage not in STAGE_ADAPTERS:
             raise ValueError(f"stage must be one of {', '.join(STAGE_ADAPTERS)}, got {self.stage!r}")
