@@ -63,3 +63,10 @@ def test_less_is_better_of_distances_and_losses(tmp_path, metric):
     assert PDPruneConfig(str(tmp_path), metric_for_best_model=metric, greater_is_better=True).greater_is_better
     assert PDPruneConfig(str(tmp_path), metric_for_best_model="eval_top1_agreement").greater_is_better
     assert PDPruneConfig(str(tmp_path)).greater_is_better is None
+
+
+def test_rounds_are_not_searched_where_all_weights_learn(tmp_path):
+    options = {"stage": "decode", "removal_rounds": 2, "search_in_rounds": True}
+    with pytest.raises(ValueError, match="search_in_rounds does not go with full_finetuning"):
+        PDPruneConfig(str(tmp_path), full_finetuning=True, **options)
+    assert PDPruneConfig(str(tmp_path), **options)

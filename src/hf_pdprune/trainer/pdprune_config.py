@@ -209,6 +209,11 @@ class PDPruneConfig(SFTConfig):
             )
         if self.search_in_rounds and self.removal_rounds < 2:
             raise ValueError("search_in_rounds has no effect with removal_rounds=1: the first round takes the plan's")
+        if self.search_in_rounds and self.full_finetuning:
+            raise ValueError(
+                "search_in_rounds does not go with full_finetuning: it measures stages against the dense model in one "
+                "copy of the weights, with adapters"
+            )
         if self.removal_fade_steps and self.local_distillation_tokens and not self.full_finetuning:
             raise ValueError(
                 "removal_fade_steps needs local_distillation_tokens=0: the fit in closed form gives the missing "
