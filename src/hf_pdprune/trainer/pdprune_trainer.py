@@ -25,6 +25,7 @@ from ..search import SearchConfig
 from ..spread_weights import is_partitioned
 from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
+from .dense_config import kept_config
 from .dense_model import load_dense_model, load_tokenizer
 from .distillation_step import DistillationStep, call_inside
 from .hidden_matching import HiddenMatching
@@ -34,12 +35,7 @@ from .pdprune_config import PDPruneConfig
 from .round_search import RoundSearch, round_examples
 from .sharding import check_sharding, is_sharded
 from .stage_adapters import STAGE_ADAPTERS
-from .training_checkpoint import (
-    DivergenceError,
-    begin_checkpoint,
-    last_complete_checkpoint,
-    load_adapters,
-)
+from .training_checkpoint import DivergenceError, begin_checkpoint, last_complete_checkpoint, load_adapters
 from .training_data import check_prepared_rows, check_whole_rows
 from .training_metrics import TrainingMetrics
 from .whole_weights import whole_weights
@@ -119,16 +115,16 @@ class PDPruneTrainer(SFTTrainer):
         # transformers' own would leave out the KV cache, see checkpointed_blocks.
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
-        args.use_cache = getattr(model.config, "use_cache", False)  # goes into the config that is exported
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=None,  # SFTTrainer then sees to the padding token
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        with kept_config(model):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=None,  # SFTTrainer then sees to the padding token
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         # All processes have to run decode equally often, also one whose completions have a single token.
         least = 2 if args.world_size > 1 else 1
         self.data_collator = PromptCompletionCollator(self._tokenizer.pad_token_id, args.seed, least, args.first_token)
