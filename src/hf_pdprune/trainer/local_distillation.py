@@ -1,7 +1,7 @@
 """LocalDistillation: the adapters' start in closed form, before the first step of a training."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from torch import nn
@@ -19,32 +19,33 @@ FITTED_LAYERS_FILE_NAME = "fitted_layers.json"
 
 class LocalDistillation:
     """
-    Fits the adapters that learn to what the first round removes (see [`ResidualFit`]), and knows which of their layers
-    it has set. That depends on the data and on rounding, so it is written down with each checkpoint.
+    Fits new adapters to what the first round removes (see [`ResidualFit`]), once, and knows which of their layers it
+    has set. That depends on the data and on rounding, so it is written down with each checkpoint.
 
     Args:
         plan ([`PruningPlan`]): What is removed in the first round.
-        adapters ([`StageAdapters`]): Which adapter each stage applies, and which of them learn.
+        adapters ([`StageAdapters`]): Which adapter each stage applies.
+        new (`Collection[str]`): The adapters to be fitted; others have learned something already.
 
     Attributes:
         fitted (`dict[str, list[str]]`): By adapter, the linear layers that have been set, as `"<block>.<name>"`.
     """
 
-    def __init__(self, plan: PruningPlan, adapters: StageAdapters):
-        self.skipped_blocks = {
-            adapter: plan.stage(adapters.stages_of(adapter)[0]).skipped_blocks for adapter in adapters.trained
-        }
+    def __init__(self, plan: PruningPlan, adapters: StageAdapters, new: Collection[str]):
+        self.skipped_blocks = {adapter: plan.stage(adapters.stages_of(adapter)[0]).skipped_blocks for adapter in new}
         self.fitted: dict[str, list[str]] = {}
 
     def fit(self, model: nn.Module, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
         """
-        Sets the adapters.
+        Sets the new adapters. To a model whose adapters have been set it does nothing.
 
         Args:
             model (`nn.Module`): The dense model with adapters.
             rows (`Iterable[dict]`): Training rows with `input_ids`.
             num_tokens (`int`): Tokens of them that are used, in rows of equal length.
         """
+        if not self.skipped_blocks:
+            return
         # Rows of a packed data set are shorter than what positions the stages meet: they are joined.
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         device = model.get_input_embeddings().weight.device
@@ -52,7 +53,7 @@ class LocalDistillation:
         fit = ResidualFit(model, tokens)
         for adapter, skipped in self.skipped_blocks.items():
             fit.fit(skipped, adapter)
-        self.fitted = fit.fitted
+        self.fitted, self.skipped_blocks = fit.fitted, {}
 
     def freeze(self, model: nn.Module) -> None:
         """Lets the layers that have been set learn no more; the model as for [`LocalDistillation.fit`]."""
@@ -72,4 +73,4 @@ class LocalDistillation:
 
     def load(self, folder: str | os.PathLike) -> None:
         """Takes over what a checkpoint says; its weights are those of its adapters."""
-        self.fitted = read_json(Path(folder) / FITTED_LAYERS_FILE_NAME)
+        self.fitted, self.skipped_blocks = read_json(Path(folder) / FITTED_LAYERS_FILE_NAME), {}

@@ -52,7 +52,7 @@ class PDPruneTrainer(SFTTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The dense model, or its id. Adapters
-            of an earlier training that it has go on from where they are.
+            of an earlier training that it has go on from where they are, in all their layers.
         plan ([`PruningPlan`] or `str`): The plan, or the folder or repo where it is.
         args ([`PDPruneConfig`], *optional*): The options.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
@@ -103,7 +103,8 @@ class PDPruneTrainer(SFTTrainer):
             args.removal_fade_steps,
             self._search_round if args.search_in_rounds else None,
         )
-        self.local_distillation = LocalDistillation(self.removal.plan_of_round(1), self.stage_adapters)
+        new = [name for name in self.stage_adapters.trained if name not in getattr(model, "peft_config", {})]
+        self.local_distillation = LocalDistillation(self.removal.plan_of_round(1), self.stage_adapters, new)
         args.check_plan(plan)
         self._fingerprint, is_loaded_in_parts = shared_fingerprint(model)
         self.dense_model = None  # the model itself, where adapters learn
@@ -185,15 +186,15 @@ class PDPruneTrainer(SFTTrainer):
         if self.args.search_in_rounds:
             count, collator = self.args.round_search_examples, self.data_collator
             self._round_examples = round_examples(self.train_dataset, count, collator)
-        self._distil_locally(is_resumed=bool(resume_from_checkpoint))
+        self._distil_locally()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         self.removal.move_to(self.state.global_step, self.state.max_steps)
         return result
 
-    def _distil_locally(self, is_resumed: bool) -> None:
-        """Starts the adapters from a fit in closed form; what was fitted is not trained on."""
+    def _distil_locally(self) -> None:
+        """Starts new adapters from a fit in closed form; what was fitted is not trained on."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        if args.local_distillation_tokens and not args.full_finetuning and not is_resumed:
+        if args.local_distillation_tokens and not args.full_finetuning:
             if all(isinstance(model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
                 self.local_distillation.fit(model, self.train_dataset, args.local_distillation_tokens)
         if not self.local_distillation.fitted or args.train_fitted_layers:
