@@ -23,15 +23,25 @@ def test_resumed_training_is_the_uninterrupted_one(tiny_model, make_trainer, tmp
         torch.testing.assert_close(actual[name], expected[name])
 
 
-def test_a_finished_training_is_not_trained_further(tiny_model, make_trainer, tmp_path, adapters_of):
+def test_a_finished_training_is_not_trained_further(tiny_model, make_trainer, tmp_path, adapters_of, caplog):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
     whole = make_trainer(tiny_model("llama"), **options)
     whole.train()
     again = make_trainer(tiny_model("llama"), **options)
     assert again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3")).global_step == 3
+    assert "is a checkpoint of step 3, and training has 3 steps in all: there is nothing left to do" in caplog.text
     expected, actual = adapters_of(whole), adapters_of(again)
     for name in expected:
         assert torch.equal(actual[name], expected[name]), name
+
+
+@pytest.mark.parametrize("more", [{"num_train_epochs": 2}, {"max_steps": 16}])
+def test_a_finished_training_goes_on_where_more_steps_are_asked_for(tiny_model, make_trainer, losses, more):
+    options = {"max_steps": -1, "save_strategy": "epoch", "local_distillation_tokens": 0}
+    make_trainer(tiny_model("llama"), num_train_epochs=1, **options).train()  # of 8 steps
+    again = make_trainer(tiny_model("llama"), **options | more)
+    assert again.train(resume_from_checkpoint=True).global_step == 16
+    assert len(losses(again)) == 16
 
 
 def test_checkpoints_hold_adapters_and_plan_but_not_the_dense_weights(tiny_llama, make_trainer, plan, tmp_path):

@@ -35,7 +35,6 @@ def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_
         model,
         {"prefill": "prefill", "decode": "decode"},
         round_examples(rows_of(12), 6, COLLATOR),
-        range(1, 5),
         COLLATOR,
     )
     before = PruningPlan.empty(tiny_llama, prefill=StagePlan((2,)), decode=StagePlan((2,)))

@@ -21,7 +21,6 @@ from ..data import PromptCompletionCollator
 from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
-from ..search import SearchConfig
 from ..spread_weights import is_partitioned
 from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
@@ -174,8 +173,12 @@ class PDPruneTrainer(SFTTrainer):
             self.removal.load(resume_from_checkpoint)
             self.local_distillation.load(resume_from_checkpoint)
             self.removal.move_to(max(state.global_step - 1, 0), state.max_steps)  # as it was when it was saved
-            steps = self.args.max_steps if self.args.max_steps > 0 else state.max_steps
+            *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= steps:  # Trainer would do one step more
+                logger.warning(
+                    f"{resume_from_checkpoint} is a checkpoint of step {state.global_step}, and training has {steps} "
+                    "steps in all: there is nothing left to do"
+                )
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 self.removal.move_to(state.global_step, state.max_steps)
@@ -206,17 +209,9 @@ class PDPruneTrainer(SFTTrainer):
 
     def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
         """The plan of the next round, chosen with what the adapters have learned (see [`RoundSearch`])."""
-        model = self.accelerator.unwrap_model(self.model)
-        limits = SearchConfig()
-        search = RoundSearch(
-            model,
-            self.stage_adapters.of_model(model),
-            self._round_examples,
-            range(limits.num_protected_first_blocks, plan.num_hidden_layers - limits.num_protected_last_blocks),
-            self.data_collator,
-            self.args.per_device_eval_batch_size,
-        )
-        return search(plan, target)
+        model, batch_size = self.accelerator.unwrap_model(self.model), self.args.per_device_eval_batch_size
+        adapters = self.stage_adapters.of_model(model)
+        return RoundSearch(model, adapters, self._round_examples, self.data_collator, batch_size)(plan, target)
 
     def stages(self, token_aware: bool = True) -> tuple[PrefillStage, DecodeStage]:
         """

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import nn
 
+from ..blocks import get_blocks
 from ..data import PromptCompletionCollator
 from ..plan import PruningPlan
-from ..search import Calibration, Objective
+from ..search import Calibration, Objective, SearchConfig
 from ..search.block_progress import BlockProgress
 from ..search.calibration import MIN_COMPLETION_TOKENS
 from ..search.operations import with_removed
@@ -41,13 +42,13 @@ def round_examples(
 class RoundSearch:
     """
     Chooses which blocks a removal round takes, greedily and by the search's own objective, in which the stages apply
-    what their adapters have learned so far. Only how many blocks go comes from the given plan.
+    what their adapters have learned so far. Only how many blocks go comes from the given plan. The blocks at both ends
+    that a search protects by default stay.
 
     Args:
         model (`nn.Module`): The dense model with adapters.
         adapters (`Mapping[str, str]`): Adapter of each stage.
         examples (`Sequence[dict]`): What plans are measured on, see [`round_examples`].
-        removable (`Sequence[int]`): Blocks that may be removed.
         collator ([`PromptCompletionCollator`]): That of the training, which says what fills up examples, and which
             stage predicts the first completion token.
         batch_size (`int`): Examples per forward.
@@ -58,13 +59,14 @@ class RoundSearch:
         model: nn.Module,
         adapters: Mapping[str, str],
         examples: Sequence[dict[str, list[int]]],
-        removable: Sequence[int],
         collator: PromptCompletionCollator,
         batch_size: int = 4,
     ):
         self.model = model
         self.adapters = adapters
-        self.removable = tuple(removable)
+        limits = SearchConfig()
+        last = len(get_blocks(model)) - limits.num_protected_last_blocks
+        self.removable = range(limits.num_protected_first_blocks, last)
         first_token = collator.first_token
         self.calibration = Calibration(model, examples, collator.pad_token_id, batch_size, first_token=first_token)
 
