@@ -66,7 +66,7 @@ def test_blocks_fade_before_they_go(plan):
     ],
 )
 def test_every_round_is_long_enough_for_its_blocks_to_fade(plan, rounds, fraction, max_steps, longest):
-    state = SimpleNamespace(max_steps=max_steps)
+    state = SimpleNamespace(max_steps=max_steps, global_step=0)
     BlockRemovalCallback(plan, rounds, fraction, longest).on_train_begin(None, state, None)
     message = rf"removal_fade_steps={longest + 1} is too long: .* at most {longest} fits"
     with pytest.raises(ValueError, match=message):
@@ -109,3 +109,54 @@ def test_checkpoint_of_other_rounds_is_refused(plan, tmp_path):
     assert again.plans == removal.plans and len(again.plans) == 2
     with pytest.raises(ValueError, match="other rounds"):
         BlockRemovalCallback(plan, rounds=2).load(tmp_path)
+
+
+def walk(removal, steps, max_steps):
+    """By step, how many blocks decode lacks, and what fading ones are multiplied with."""
+    seen = []
+    for step in steps:
+        removal.move_to(step, max_steps)
+        fading = removal.scales.get("decode", {})
+        seen.append((len(removal.current_plan.decode.missing_blocks), max(fading.values(), default=0)))
+    return seen
+
+
+def test_blocks_that_are_gone_stay_so_when_resumed_with_another_number_of_steps(plan, tmp_path):
+    removal = BlockRemovalCallback(plan, rounds=2, fraction=1.0, fade_steps=3)
+    assert walk(removal, range(6), 8) == [(0, 0.75), (0, 0.5), (0, 0.25), (3, 0), (3, 0.75), (3, 0.5)]
+    removal.save(tmp_path)
+    for max_steps in (8, 16):
+        again = BlockRemovalCallback(plan, rounds=2, fraction=1.0, fade_steps=3)
+        again.load(tmp_path)
+        assert (again.step, again.scales) == (removal.step, removal.scales)
+        again.on_train_begin(None, SimpleNamespace(global_step=6, max_steps=max_steps), None)
+        assert walk(again, range(6, max_steps), max_steps) == [(3, 0.25)] + [(6, 0)] * (max_steps - 7)
+
+
+def test_a_round_that_has_not_begun_follows_the_new_number_of_steps(plan, tmp_path):
+    removal = BlockRemovalCallback(plan, rounds=2, fraction=1.0)
+    walk(removal, range(3), 8)
+    removal.save(tmp_path)
+    again = BlockRemovalCallback(plan, rounds=2, fraction=1.0)
+    again.load(tmp_path)
+    assert walk(again, range(3, 12), 16) == [(3, 0)] * 5 + [(6, 0)] * 4
+
+
+def test_another_training_goes_on_without_the_blocks_that_are_gone(plan):
+    removal = BlockRemovalCallback(plan, rounds=2, fraction=1.0, fade_steps=3)
+    walk(removal, range(9), 8)
+    removal.begin_training()
+    removal.on_train_begin(None, SimpleNamespace(global_step=0, max_steps=2), None)
+    assert removal.is_complete and walk(removal, range(2), 2) == [(6, 0)] * 2
+    stopped = BlockRemovalCallback(plan, rounds=2, fraction=1.0, fade_steps=3)
+    walk(stopped, range(2), 20)
+    stopped.begin_training()  # its blocks fade on
+    assert walk(stopped, range(12), 20) == [(0, 0.5), (0, 0.25)] + [(3, 0)] * 8 + [(3, 0.75), (3, 0.5)]
+
+
+def test_a_training_that_begins_again_begins_with_the_first_round(plan):
+    """As with auto_find_batch_size, where memory has run out."""
+    removal, state = BlockRemovalCallback(plan, rounds=2, fraction=1.0), SimpleNamespace(global_step=0, max_steps=8)
+    for _ in range(2):
+        removal.on_train_begin(None, state, None)
+        assert walk(removal, range(8), 8) == [(3, 0)] * 4 + [(6, 0)] * 4

@@ -1,5 +1,6 @@
 """BlockRemovalCallback: removes a plan's blocks in rounds while training goes on."""
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -18,8 +19,9 @@ ROUNDS_FILE_NAME = "removal_rounds.json"
 
 class BlockRemovalCallback(TrainerCallback):
     """
-    Removes the blocks of a plan in rounds. What is removed at a step follows from the step and from the plans of the
-    rounds so far, so that a resumed training goes on in the round in which it stopped.
+    Removes the blocks of a plan in rounds. What is removed at a step follows from the step, and from the plans of the
+    rounds so far and the steps at which they began: blocks that are gone do not come back, neither where a training is
+    resumed with another number of steps, nor where it is followed by another one.
 
     As long as blocks are still to be removed, a metric says nothing about the final stages: the best metric so far
     is forgotten at every step, so that neither early stopping nor `load_best_model_at_end` looks at it.
@@ -48,8 +50,11 @@ class BlockRemovalCallback(TrainerCallback):
         self.fraction = fraction
         self.fade_steps = fade_steps
         self.search = search
-        self.plans = [self.plan_of_round(1)]  # of the rounds that have begun
-        self.steps_in_round = 0
+        # Of the rounds that have begun, and the step at which each did so.
+        self.plans = [self.plan_of_round(1)]
+        self.starts = [0]
+        self.step = 0
+        self._remember()
 
     def plan_of_round(self, number: int) -> PruningPlan:
         """The given plan's part after round `number` (1 is the first): the subset rule holds in each of them."""
@@ -67,7 +72,7 @@ class BlockRemovalCallback(TrainerCallback):
         return self.rounds if length == 0 else min(self.rounds, 1 + int(step / length))
 
     def first_step(self, number: int, max_steps: int) -> int:
-        """The step at which a round begins."""
+        """The step at which a round is to begin."""
         return next((step for step in range(max_steps) if self.round_at(step, max_steps) >= number), max_steps)
 
     # What is removed now
@@ -76,6 +81,11 @@ class BlockRemovalCallback(TrainerCallback):
     def is_complete(self) -> bool:
         """Whether all blocks are removed."""
         return len(self.plans) == self.rounds and not self.is_fading
+
+    @property
+    def steps_in_round(self) -> int:
+        """Steps since the last round began."""
+        return self.step - self.starts[-1]
 
     @property
     def is_fading(self) -> bool:
@@ -110,10 +120,19 @@ class BlockRemovalCallback(TrainerCallback):
 
     # Events
 
+    def begin_training(self) -> None:
+        """Counts steps anew. What an earlier training has removed stays removed: the stages are healed of it."""
+        self.starts = [start - self.step for start in self.starts]
+        self.step = 0
+        self._remember()
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        starts = [self.first_step(number, state.max_steps) for number in range(1, self.rounds + 1)]
+        # With auto_find_batch_size a training begins again after some steps.
+        self.plans, self.starts, self.step = (copy.copy(part) for part in self._at_begin)
+        to_come = range(len(self.plans) + 1, self.rounds + 1)
+        starts = [self.starts[-1], *(max(state.global_step, self.first_step(n, state.max_steps)) for n in to_come)]
         ends = [*starts[1:], state.max_steps - 1]  # after fading there is a step without the last round's blocks
         longest = max(0, min(end - start for start, end in zip(starts, ends, strict=True)))
         if self.fade_steps > longest:
@@ -132,17 +151,19 @@ class BlockRemovalCallback(TrainerCallback):
 
     def move_to(self, step: int, max_steps: int) -> None:
         """Removes what is to be missing at a step."""
-        number = self.round_at(step, max_steps)
-        while len(self.plans) < number:
+        self.step = step
+        while len(self.plans) < self.round_at(step, max_steps):
             target = self.plan_of_round(len(self.plans) + 1)
             self.plans.append(target if self.search is None else self.search(self.plans[-1], target))
-        self.steps_in_round = step - self.first_step(number, max_steps)
+            self.starts.append(step)
 
     # Checkpoints
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes the plans of the rounds so far into a checkpoint."""
-        write_artefact(Path(folder) / ROUNDS_FILE_NAME, {"plans": [plan.to_dict() for plan in self.plans]})
+        """Writes the rounds so far into a checkpoint."""
+        plans = [plan.to_dict() for plan in self.plans]
+        content = {"plans": plans, "starts": self.starts, "step": self.step}
+        write_artefact(Path(folder) / ROUNDS_FILE_NAME, content)
 
     def load(self, folder: str | os.PathLike) -> None:
         """
@@ -151,14 +172,20 @@ class BlockRemovalCallback(TrainerCallback):
         Raises:
             `ValueError`: If it was trained towards another plan.
         """
-        plans = [PruningPlan.from_dict(plan) for plan in read_json(Path(folder) / ROUNDS_FILE_NAME)["plans"]]
+        content = read_json(Path(folder) / ROUNDS_FILE_NAME)
+        plans = [PruningPlan.from_dict(plan) for plan in content["plans"]]
         expected = self.plan_of_round(1 if self.search is not None else len(plans))
         there = plans[0] if self.search is not None else plans[-1]
         if len(plans) > self.rounds or there.digest != expected.digest:
             raise ValueError(
                 f"the checkpoint {folder} was trained towards another plan, or in other rounds, than this training"
             )
-        self.plans = plans
+        self.plans, self.starts, self.step = plans, content["starts"], content["step"]
+        self._remember()
+
+    def _remember(self) -> None:
+        """Keeps from where the next training begins."""
+        self._at_begin = (list(self.plans), list(self.starts), self.step)
 
 
 def _restricted(stage: StagePlan, gone: set[int]) -> StagePlan:

@@ -172,7 +172,6 @@ class PDPruneTrainer(SFTTrainer):
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME))
             self.removal.load(resume_from_checkpoint)
             self.local_distillation.load(resume_from_checkpoint)
-            self.removal.move_to(max(state.global_step - 1, 0), state.max_steps)  # as it was when it was saved
             *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
             if state.global_step >= steps:  # Trainer would do one step more
                 logger.warning(
@@ -186,6 +185,8 @@ class PDPruneTrainer(SFTTrainer):
             if self.is_deepspeed_enabled and isinstance(self.model, PeftModel) and not is_partitioned(self.model):
                 # DeepSpeed's own files, which Trainer resumes from, leave out fitted layers: they do not learn.
                 self._load_from_checkpoint(resume_from_checkpoint)
+        else:
+            self.removal.begin_training()
         if self.args.search_in_rounds:
             count, collator = self.args.round_search_examples, self.data_collator
             self._round_examples = round_examples(self.train_dataset, count, collator)
