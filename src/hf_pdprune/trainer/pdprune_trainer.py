@@ -1,9 +1,7 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
-import copy
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,21 +10,17 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
-from ..data import PromptCompletionCollator
 from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
 from ..spread_weights import is_partitioned
 from .adapted_model import add_adapters, learning_copy
 from .callbacks import BlockRemovalCallback
-from .dense_config import kept_config
 from .dense_model import load_dense_model, load_tokenizer
-from .distillation_step import DistillationStep, call_inside
+from .distillation_step import DistillationStep
 from .hidden_matching import HiddenMatching
 from .learned_stages import export_learned_stages, shared_fingerprint
 from .local_distillation import LocalDistillation
@@ -34,16 +28,15 @@ from .pdprune_config import PDPruneConfig
 from .round_search import RoundSearch, round_examples
 from .sharding import check_sharding, is_sharded
 from .stage_adapters import STAGE_ADAPTERS
+from .stage_trainer import StageTrainer
 from .training_checkpoint import DivergenceError, begin_checkpoint, last_complete_checkpoint, load_adapters
-from .training_data import check_prepared_rows, check_whole_rows
-from .training_metrics import TrainingMetrics
 from .whole_weights import whole_weights
 
 
 logger = logging.getLogger(__name__)
 
 
-class PDPruneTrainer(SFTTrainer):
+class PDPruneTrainer(StageTrainer):
     """
     Trainer that removes a plan's blocks and distils what is left from the dense model (arXiv 2509.04467), through the
     disaggregated forward: what is optimised is what is deployed. There is one copy of the dense weights; each stage
@@ -71,7 +64,6 @@ class PDPruneTrainer(SFTTrainer):
 
     _tag_names = ["hf_pdprune", "pruned", "prefill-decode-disaggregation"]
     _name = "PDPrune"
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -91,9 +83,6 @@ class PDPruneTrainer(SFTTrainer):
             model = load_dense_model(model, args, kwargs.pop("quantization_config", None))
             args.model_init_kwargs = None
         plan.blocks_of(model.config)  # raises if the plan is of another model
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None:  # rows are cut to max_length, which no model can exceed
-            args.max_length = min(args.max_length or context, context)
         self.stage_adapters = STAGE_ADAPTERS[args.stage]
         self.removal = BlockRemovalCallback(
             plan,
@@ -115,24 +104,14 @@ class PDPruneTrainer(SFTTrainer):
         # transformers' own would leave out the KV cache, see checkpointed_blocks.
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
-        with kept_config(model):
-            super().__init__(
-                model=model,
-                args=args,
-                data_collator=None,  # SFTTrainer then sees to the padding token
-                train_dataset=train_dataset,
-                eval_dataset=eval_dataset,
-                processing_class=processing_class,
-                **kwargs,
-            )
-        # All processes have to run decode equally often, also one whose completions have a single token.
-        least = 2 if args.world_size > 1 else 1
-        self.data_collator = PromptCompletionCollator(self._tokenizer.pad_token_id, args.seed, least, args.first_token)
-        evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
-        for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
-            check_prepared_rows(dataset, name, context, args.max_length)
-        self._loss_shifts_labels = False  # the collator's labels are aligned with the logits
-        self._sums = {"train": TrainingMetrics(), "eval": TrainingMetrics()}
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
         self._stages: tuple[tuple[str, bool], tuple[PrefillStage, DecodeStage]] | None = None
         if self.dense_model is not None:
             self.dense_model.to(self.args.device)
@@ -140,21 +119,6 @@ class PDPruneTrainer(SFTTrainer):
         if self._is_sharded:
             check_sharding(self.accelerator, self.model, args, is_loaded_in_parts)
         self.add_callback(self.removal)
-
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: PDPruneConfig,
-        packing: bool,
-        formatting_func: Callable[[dict], str] | None,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        whole = copy.copy(args)  # at first nothing is cut, nor left out: SFTTrainer would not say so
-        whole.max_length, whole.shuffle_dataset = None, False
-        dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
-        check_whole_rows(dataset, f"{dataset_name}_dataset", args.max_length, args.truncation_mode, packing)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
 
     @property
     def plan(self) -> PruningPlan:
@@ -254,63 +218,6 @@ class PDPruneTrainer(SFTTrainer):
     def _most_chunks(self, number: int) -> int:
         """The largest number of chunks in any process: a partitioned LM head is gathered by all of them."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max())
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, CausalLMOutput]:
-        """
-        Mean loss per completion token. With `return_outputs`, `logits[:, i]` are those that predict `labels[:, i]`
-        (already aligned).
-        """
-        inside = self.accelerator.unwrap_model(self.model)
-        with self.accelerator.autocast():  # accelerate's own is within the forward in whose place the step runs
-            output = call_inside(model, inside, self._distillation_step(), inputs, return_logits=return_outputs)
-        count = (inputs["labels"] != -100).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # DDP averages gradients over ranks
-        self._sums["train" if self.model.training else "eval"].add(output, inputs)
-        if not return_outputs:
-            return loss
-        logits = output.student_logits
-        if "teacher" in self.args.include_for_metrics:
-            logits = (logits, output.teacher_logits)
-        return loss, CausalLMOutput(loss=loss, logits=logits)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise DivergenceError(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        if metrics := self._sums[mode].pop():
-            read = metrics.pop("read_tokens")
-            if not self.args.hidden_matching_weight:
-                del metrics["hidden_loss"]
-            for stage in self.stages():
-                metrics[f"{stage.name}_blocks"] = len(stage.running_blocks)
-            if mode == "train":
-                self._total_train_tokens += read
-                metrics["num_tokens"] = self._total_train_tokens
-            for name, value in metrics.items():  # SFTTrainer adds these to logs, with their prefix
-                self._metrics[mode][name] = [value]
-        super().log(logs, start_time)
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            if prediction_loss_only:
-                return self.compute_loss(model, inputs), None, None
-            loss, output = self.compute_loss(model, inputs, return_outputs=True)
-        return loss, output.logits, inputs["labels"]
 
     # Checkpoints
 
