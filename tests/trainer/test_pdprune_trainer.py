@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback
 from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import disaggregated_forward
 from hf_pdprune.plan import PruningPlan, StagePlan
+from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
 
 
 def check_saved_stages(trainer, rows, folder):
@@ -172,6 +173,16 @@ def test_lora_options_are_read(tiny_llama, make_trainer):
     trainer = make_trainer(tiny_llama, lora_rank=3, lora_alpha=7)
     config = trainer.model.peft_config["decode"]
     assert (config.r, config.lora_alpha) == (3, 7)
+
+
+def test_the_callers_options_stay_as_they_are(tiny_model, plan, rows, tiny_tokenizer, tmp_path):
+    tiny_model("llama", max_position_embeddings=32).save_pretrained(tmp_path / "dense")
+    options = {"max_length": 400, "activation_checkpointing": True, "model_init_kwargs": {"dtype": "bfloat16"}}
+    args = PDPruneConfig(str(tmp_path), report_to="none", use_cpu=True, **options)
+    before = args.to_dict()
+    folder = str(tmp_path / "dense")
+    trainer = PDPruneTrainer(folder, plan, args, train_dataset=rows, processing_class=tiny_tokenizer)
+    assert args.to_dict() == before and trainer.args.max_length == 32
 
 
 def test_plan_of_another_model_is_refused(tiny_model, make_trainer):

@@ -1,5 +1,6 @@
 """PDPruneTrainer: removes blocks from both stages and distils them through the disaggregated forward."""
 
+import copy
 import logging
 import os
 from dataclasses import replace
@@ -76,7 +77,7 @@ class PDPruneTrainer(StageTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
-        args = args or PDPruneConfig("pdprune")
+        args = copy.copy(args or PDPruneConfig("pdprune"))  # the caller's stay as they are
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model, args)
