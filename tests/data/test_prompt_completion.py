@@ -156,3 +156,11 @@ class TestTokenizeExamples:
             tokenize_examples([{"text": "x" * 10}], tiny_tokenizer, 10, 4)
         with pytest.raises(ValueError, match="no example"):
             tokenize_examples([], tiny_tokenizer, 10, 4)
+
+
+def test_widths_are_padded_to_a_multiple_on_the_outer_sides():
+    rows = [{"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, 8, 9]}]
+    batch = PromptCompletionCollator(0, pad_to_multiple_of=4)(rows)
+    assert batch["prompt_ids"].tolist() == [[0, 5, 6, 7]] and batch["prompt_mask"].tolist() == [[0, 1, 1, 1]]
+    assert batch["completion_ids"].tolist() == [[8, 9, 0, 0]] and batch["completion_mask"].tolist() == [[1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[8, 9, -100, -100]]

@@ -55,6 +55,11 @@ def test_dora_is_not_fitted_in_closed_form(tiny_model, plan, options):
     assert add_adapters(tiny_model("llama"), plan, options(local_distillation_tokens=0), lora(use_dora=True))
 
 
+def test_biases_of_the_dense_model_do_not_learn(tiny_llama, plan, options):
+    with pytest.raises(ValueError, match="peft_config: bias='lora_only' trains biases of the dense model"):
+        add_adapters(tiny_llama, plan, options(stage="decode"), lora(bias="lora_only"))
+
+
 def test_a_bias_that_no_layer_can_take_is_refused(tiny_llama, tiny_model, plan, options):
     with pytest.raises(ValueError, match="lora_bias=True has no bias to be merged into"):
         add_adapters(tiny_llama, plan, options(), lora(lora_bias=True))

@@ -3,6 +3,7 @@ from dataclasses import fields
 import pytest
 from trl import SFTConfig
 
+from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.trainer import PDPruneConfig
 
 
@@ -16,7 +17,7 @@ OWN_FIELDS = [
 @pytest.mark.parametrize("option", OWN_FIELDS, ids=lambda f: f.name)
 def test_every_option_is_documented_twice(option):
     assert option.metadata["help"]
-    assert f"{option.name} (`" in PDPruneConfig.__doc__ or option.name == "activation_checkpointing"
+    assert f"{option.name} (`" in PDPruneConfig.__doc__ or option.name.endswith("_checkpointing")
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,10 @@ def test_every_option_is_documented_twice(option):
         ("lora_alpha", 0),
         ("padding_free", True),
         ("first_token", "both"),
+        ("label_smoothing_factor", 0.1),
+        ("loss_type", "dft"),
+        ("router_aux_loss_coef", 0.01),
+        ("activation_checkpointing_kwargs", {"use_reentrant": True}),
     ],
 )
 def test_bad_value_is_an_error_that_names_it(tmp_path, name, value):
@@ -40,8 +45,9 @@ def test_bad_value_is_an_error_that_names_it(tmp_path, name, value):
 
 
 def test_packing_is_that_which_makes_plain_rows(tmp_path):
-    with pytest.raises(ValueError, match="packing"):
-        PDPruneConfig(str(tmp_path), packing=True)
+    for option in ("packing", "eval_packing"):
+        with pytest.raises(ValueError, match="packing_strategy='wrapped'"):
+            PDPruneConfig(str(tmp_path), **{option: True})
     assert PDPruneConfig(str(tmp_path), packing=True, packing_strategy="wrapped").packing
 
 
@@ -70,3 +76,18 @@ def test_rounds_are_not_searched_where_all_weights_learn(tmp_path):
     with pytest.raises(ValueError, match="search_in_rounds does not go with full_finetuning"):
         PDPruneConfig(str(tmp_path), full_finetuning=True, **options)
     assert PDPruneConfig(str(tmp_path), **options)
+
+
+def test_the_old_name_of_activation_checkpointing_is_known(tmp_path):
+    assert PDPruneConfig(str(tmp_path)).activation_checkpointing is False
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):
+        assert PDPruneConfig(str(tmp_path), gradient_checkpointing=True).activation_checkpointing
+    assert PDPruneConfig(str(tmp_path), activation_checkpointing_kwargs={"use_reentrant": False})
+
+
+@pytest.mark.parametrize("block", [-1, 12, 3])
+def test_hidden_states_are_matched_after_blocks_that_prefill_keeps(tmp_path, block):
+    plan = PruningPlan("base", "llama", 12, prefill=StagePlan((3,)), decode=StagePlan((3,)))
+    args = PDPruneConfig(str(tmp_path), hidden_matching_weight=1.0, hidden_matching_blocks=[0, block])
+    with pytest.raises(ValueError, match=f"hidden_matching_blocks: block {block} is not one that prefill keeps"):
+        args.check_plan(plan)

@@ -9,6 +9,7 @@ from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import disaggregated_forward
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+from hf_pdprune.trainer.block_checkpointing import CheckpointedBlock
 
 
 def check_saved_stages(trainer, rows, folder):
@@ -194,6 +195,11 @@ def test_plan_of_another_model_is_refused(tiny_model, make_trainer):
 # Stages
 
 
+def test_no_adapter_where_all_weights_learn(tiny_llama, make_trainer):
+    with pytest.raises(ValueError, match="peft_config has no effect with full_finetuning"):
+        make_trainer(tiny_llama, stage="decode", full_finetuning=True, peft_config=LoraConfig())
+
+
 @pytest.mark.parametrize("stage", ["prefill", "decode"])
 @pytest.mark.parametrize("full", [False, True])
 def test_one_stage_learns_and_the_other_stays(tiny_llama, make_trainer, rows, tmp_path, stage, full):
@@ -295,6 +301,14 @@ def test_more_options_of_the_loss_are_read(tiny_model, make_trainer, options):
 
     without_last = dict(list(options.items())[:-1])
     assert first_loss(**options) != pytest.approx(first_loss(**without_last), rel=1e-4)
+
+
+def test_the_old_name_of_activation_checkpointing_does_the_same(tiny_model, make_trainer, monkeypatch):
+    runs, run = [], CheckpointedBlock._run
+    monkeypatch.setattr(CheckpointedBlock, "_run", lambda *args, **kwargs: runs.append(1) or run(*args, **kwargs))
+    for option, does in (("logging_first_step", False), ("gradient_checkpointing", True)):
+        make_trainer(tiny_model("llama"), max_steps=1, local_distillation_tokens=0, **{option: True}).train()
+        assert bool(runs) == does
 
 
 @pytest.mark.parametrize("options", [{"activation_checkpointing": True}, {"logits_chunk_tokens": 3}])

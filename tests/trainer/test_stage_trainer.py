@@ -6,6 +6,21 @@ OF_STAGES = {f"{stage}_{what}" for stage in ("prefill", "decode") for what in ("
 OF_BOTH = {"loss", "kl", "perplexity", "top1_agreement"}
 
 
+def test_a_loss_of_ones_own_is_refused(tiny_llama, make_trainer):
+    with pytest.raises(ValueError, match="compute_loss_func is not supported"):
+        make_trainer(tiny_llama, compute_loss_func=lambda *args, **kwargs: 0.0)
+
+
+@pytest.mark.parametrize("first_token", ["prefill", "decode"])
+def test_padding_to_a_multiple_changes_no_loss(tiny_model, make_trainer, rows, first_token):
+    options = {"local_distillation_tokens": 0, "hidden_matching_weight": 0.5, "first_token": first_token}
+    plain = make_trainer(tiny_model("llama"), **options).evaluate()["eval_loss"]
+    trainer = make_trainer(tiny_model("llama"), pad_to_multiple_of=16, **options)
+    batch = trainer.data_collator([rows[0], rows[1]])
+    assert all(tensor.shape[1] % 16 == 0 for tensor in batch.values())
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.fixture
 def two_sets(rows):
     return {"a": rows.select(range(4)), "b": rows.select(range(4, 8))}

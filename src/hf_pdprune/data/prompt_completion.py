@@ -95,6 +95,7 @@ class PromptCompletionCollator:
         first_token (`str`, defaults to `"prefill"`): Which stage predicts the first completion token. `"decode"`: the
             completion begins with the last token of the prompt, without a label, which decode then reads. A prompt of
             one token stays prefill's.
+        pad_to_multiple_of (`int`, *optional*): Both widths are padded to a multiple of it.
 
     Raises:
         `ValueError`: If `first_token` is neither stage.
@@ -104,6 +105,7 @@ class PromptCompletionCollator:
     seed: int = 0
     min_completion_tokens: int = 1
     first_token: str = "prefill"
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self):
         check_first_token(self.first_token)
@@ -128,8 +130,9 @@ class PromptCompletionCollator:
             [IGNORED_LABEL] * (begin - cut) + list(row.get("labels", row["input_ids"])[begin:])
             for row, cut, begin in zip(rows, cuts, labelled, strict=True)
         ]
-        prompt_width = max(map(len, prompts))
-        width = max(self.min_completion_tokens, *map(len, completions))
+        multiple = self.pad_to_multiple_of or 1
+        prompt_width = _rounded_up(max(map(len, prompts)), multiple)
+        width = _rounded_up(max(self.min_completion_tokens, *map(len, completions)), multiple)
         return {
             "prompt_ids": _padded(prompts, prompt_width, self.pad_token_id, left=True),
             "prompt_mask": _padded([[1] * len(p) for p in prompts], prompt_width, 0, left=True),
@@ -157,6 +160,10 @@ class PromptCompletionCollator:
             raise ValueError("a row of one token cannot be cut into prompt and completion")
         draw = zlib.crc32(repr((self.seed, [int(token) for token in row["input_ids"]])).encode()) / 2**32
         return min(max(1, round(length * (0.25 + 0.5 * draw))), length - 1)
+
+
+def _rounded_up(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
 
 
 def _padded(rows: Sequence[list[int]], width: int, value: int, left: bool = False) -> torch.LongTensor:

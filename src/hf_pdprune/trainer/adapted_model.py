@@ -55,6 +55,11 @@ def _check_dense_weights_stay(configs: Sequence[PeftConfig]) -> None:
         wrong = f"init_lora_weights={init!r}" if init.lower().startswith(_REWRITING) else None
         if getattr(config, "kasa_config", None) is not None:
             wrong = "kasa_config"
+        bias = getattr(config, "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"peft_config: bias={bias!r} trains biases of the dense model, which teaches; leave it at 'none'"
+            )
         if wrong is not None:
             raise ValueError(
                 f"peft_config: {wrong} rewrites the dense weights, so that the model without adapters, which teaches, "

@@ -96,8 +96,11 @@ class PDPruneConfig(SFTConfig):
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
     activation_checkpointing: bool | None = field(
-        default=False,
+        default=None,
         metadata={"help": "Whether the stages' blocks are computed again in the backward pass, to save memory."},
+    )
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "The old name of activation_checkpointing."}
     )
     stage: str = field(
         default="disaggregated",
@@ -197,6 +200,7 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"distillation_loss must be one of {known}, got {self.distillation_loss!r}")
         check_first_token(self.first_token)
         self._check_ranges()
+        self._check_inherited()
         if not (self.distillation_weight or self.cross_entropy_weight or self.hidden_matching_weight):
             raise ValueError(
                 "distillation_weight, cross_entropy_weight and hidden_matching_weight are all 0: there is no loss"
@@ -219,7 +223,7 @@ class PDPruneConfig(SFTConfig):
                 "removal_fade_steps needs local_distillation_tokens=0: the fit in closed form gives the missing "
                 "blocks' work to their neighbours before the first step, and fading blocks would do it a second time"
             )
-        if self.padding_free or (self.packing and self.packing_strategy != "wrapped"):
+        if self.padding_free or ((self.packing or self.eval_packing) and self.packing_strategy != "wrapped"):
             raise ValueError(
                 "padding_free is not supported, nor packing but with packing_strategy='wrapped' (which cuts joined "
                 "text into rows of max_length): each row needs a prompt and a completion of its own"
@@ -262,6 +266,21 @@ class PDPruneConfig(SFTConfig):
         if self.distillation_mixture is not None and not 0 < self.distillation_mixture < 1:
             raise ValueError(f"distillation_mixture must be between 0 and 1, got {self.distillation_mixture}")
 
+    def _check_inherited(self) -> None:
+        """Raises a `ValueError` that names an option of trl's or transformers' which would be ignored."""
+        loss = "the loss is made of distillation_loss, cross_entropy_weight and hidden_matching_weight"
+        if self.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is not supported: {loss}")
+        if self.loss_type != "nll":
+            raise ValueError(f"loss_type={self.loss_type!r} is not supported: {loss}")
+        if self.router_aux_loss_coef:
+            raise ValueError(f"router_aux_loss_coef is not supported: {loss}; the experts' load is not balanced anew")
+        if (self.activation_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
+            raise ValueError(
+                "activation_checkpointing_kwargs is not supported: the stages' blocks are always computed again as a "
+                "whole, with use_reentrant=False"
+            )
+
     def check_plan(self, plan: PruningPlan) -> None:
         """Raises a `ValueError` that names the option which does not go with a plan."""
         prefill, decode = plan.prefill, plan.decode
@@ -272,6 +291,7 @@ class PDPruneConfig(SFTConfig):
                 "search_in_rounds chooses blocks to remove; the plan merges or projects some, so it has to be taken "
                 "as it is"
             )
-        wrong = [block for block in self.hidden_matching_blocks or () if block in prefill.skipped_blocks]
+        kept = set(range(plan.num_hidden_layers)) - set(prefill.skipped_blocks)
+        wrong = [block for block in self.hidden_matching_blocks or () if block not in kept]
         if wrong:
             raise ValueError(f"hidden_matching_blocks: block {wrong[0]} is not one that prefill keeps")

@@ -78,6 +78,8 @@ class PDPruneTrainer(StageTrainer):
         **kwargs: Any,
     ):
         args = copy.copy(args or PDPruneConfig("pdprune"))  # the caller's stay as they are
+        if args.full_finetuning and peft_config is not None:
+            raise ValueError("peft_config has no effect with full_finetuning: all weights of the stage learn")
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
         if isinstance(model, str):
             processing_class = processing_class or load_tokenizer(model, args)

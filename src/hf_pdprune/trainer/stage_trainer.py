@@ -38,6 +38,8 @@ class StageTrainer(SFTTrainer):
     loss_is_scaled_for_ga = True
 
     def __init__(self, model: PreTrainedModel, args: PDPruneConfig, **kwargs: Any):
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func is not supported: the loss is that of the options, see PDPruneConfig")
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None:  # rows are cut to max_length, which no model can exceed
             args.max_length = min(args.max_length or context, context)
@@ -45,7 +47,9 @@ class StageTrainer(SFTTrainer):
             super().__init__(model=model, args=args, data_collator=None, **kwargs)
         # All processes have to run decode equally often, also one whose completions have a single token.
         least = 2 if args.world_size > 1 else 1
-        self.data_collator = PromptCompletionCollator(self._tokenizer.pad_token_id, args.seed, least, args.first_token)
+        self.data_collator = PromptCompletionCollator(
+            self._tokenizer.pad_token_id, args.seed, least, args.first_token, args.pad_to_multiple_of
+        )
         evaluated = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_prepared_rows(dataset, name, context, args.max_length)
