@@ -2,14 +2,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peft import IA3Config, KasaConfig, LoftQConfig, LoraConfig
+from peft import AdaLoraConfig, IA3Config, KasaConfig, LoftQConfig, LoraConfig
 
 from hf_pdprune.adapters import adapter_layers, name_without_adapters
 from hf_pdprune.blocks import get_blocks
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import MergedPairs
 from hf_pdprune.trainer import PDPruneConfig
-from hf_pdprune.trainer.adapted_model import add_adapters
+from hf_pdprune.trainer.adapted_model import add_adapters, learning_copy
 
 
 @pytest.fixture
@@ -47,6 +47,27 @@ def test_other_initialisations_leave_the_dense_weights(tiny_llama, plan, options
     after = {name_without_adapters(name, layers): tensor for name, tensor in tiny_llama.state_dict().items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert set(model.peft_config) == {"prefill", "decode"}
+
+
+def test_adalora_is_not_fitted_in_closed_form(tiny_model, plan, options):
+    config = AdaLoraConfig(target_modules=["down_proj"], total_step=4)
+    with pytest.raises(ValueError, match="AdaLoRA and the like.* local_distillation_tokens=0"):
+        add_adapters(tiny_model("llama"), plan, options(stage="decode"), config)
+    assert add_adapters(tiny_model("llama"), plan, options(stage="decode", local_distillation_tokens=0), config)
+
+
+def test_adapters_that_no_export_could_merge_are_refused(tiny_model, plan, options):
+    with pytest.raises(ValueError, match="alora_invocation_tokens .* cannot be merged"):
+        add_adapters(tiny_model("llama"), plan, options(), lora(alora_invocation_tokens=[5]))
+    config = LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(ValueError, match="embeddings are tied to its LM head"):
+        add_adapters(tiny_model("llama", tie_word_embeddings=True), plan, options(), config)
+    assert add_adapters(tiny_model("llama", tie_word_embeddings=False), plan, options(), config)
+
+
+def test_all_weights_of_a_model_with_adapters_do_not_learn(tiny_llama, adapted):
+    with pytest.raises(ValueError, match="full_finetuning needs the dense model itself"):
+        learning_copy(adapted(tiny_llama))
 
 
 def test_dora_is_not_fitted_in_closed_form(tiny_model, plan, options):

@@ -195,6 +195,13 @@ def test_plan_of_another_model_is_refused(tiny_model, make_trainer):
 # Stages
 
 
+def test_the_stage_that_stays_has_no_dropout(tiny_model, make_trainer, plan):
+    model = tiny_model("gpt2").train()
+    own = PruningPlan.empty(model, prefill=plan.prefill, decode=plan.decode)
+    trainer = make_trainer(model, plan=own, stage="decode", full_finetuning=True)
+    assert trainer.evaluate()["eval_kl"] == trainer.evaluate()["eval_kl"]
+
+
 def test_no_adapter_where_all_weights_learn(tiny_llama, make_trainer):
     with pytest.raises(ValueError, match="peft_config has no effect with full_finetuning"):
         make_trainer(tiny_llama, stage="decode", full_finetuning=True, peft_config=LoraConfig())

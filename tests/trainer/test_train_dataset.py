@@ -20,6 +20,19 @@ def test_plain_text_and_prompt_completion_rows(tiny_model, make_trainer, losses)
     assert {len(row["input_ids"]) for row in packed.train_dataset} <= {32} | set(range(2, 32))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_joined_rows_without_a_completion_token_are_left_out(tiny_llama, make_trainer, losses, streamed):
+    pairs = Dataset.from_list([{"prompt": "the quick brown fox jumps over", "completion": " it"}] * 9)
+    options = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "local_distillation_tokens": 64}
+    data = pairs.to_iterable_dataset() if streamed else pairs
+    trainer = make_trainer(tiny_llama, train_dataset=data, eval_dataset=pairs, max_steps=2, **options)
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        labels = [row["labels"] for row in dataset]
+        assert 0 < len(labels) < 20 and all(len(row) > 1 and max(row) != -100 for row in labels)
+    trainer.train()
+    assert len(losses(trainer)) == 2
+
+
 def test_rows_of_other_columns_are_formatted(tiny_llama, make_trainer, tiny_tokenizer, losses):
     rows = Dataset.from_list([{"question": f"why {n}", "answer": f"because of {n}"} for n in range(4)])
     trainer = make_trainer(

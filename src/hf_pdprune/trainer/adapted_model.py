@@ -4,7 +4,9 @@ import copy
 from collections.abc import Sequence
 
 from peft import PeftConfig, PeftModel
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters import adapter_layers, is_quantized
@@ -32,7 +34,7 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
         `ValueError`: If an adapter of the config cannot be one: see [`StageAdapters.add_to`]; if it rewrites the dense
             weights, cannot be merged into them, or cannot be fitted in closed form although that is asked for.
     """
-    _check_dense_weights_stay([*getattr(model, "peft_config", {}).values(), *([] if config is None else [config])])
+    _check_configs([*getattr(model, "peft_config", {}).values(), *([] if config is None else [config])])
     kwargs, fitted_rank = {}, None
     if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
         kwargs["autocast_adapter_dtype"] = False  # ZeRO-3 gathers parameters of one dtype only, see SFTTrainer
@@ -43,18 +45,29 @@ def add_adapters(model: nn.Module, plan: PruningPlan, args: PDPruneConfig, confi
             fitted_rank = args.local_distillation_rank or model.config.get_text_config().hidden_size
     adapters = STAGE_ADAPTERS[args.stage]
     model = adapters.add_to(model, plan, config, skip_missing_blocks, fitted_rank, **kwargs)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if isinstance(embeddings, BaseTunerLayer) and head is not None and head.weight is embeddings.weight:
+        raise ValueError(
+            "peft_config: the model's embeddings are tied to its LM head, which would have their adapter after an "
+            "export but not in training; leave them out of target_modules"
+        )
     for layer in adapter_layers(model).values():
         if isinstance(layer, LoraLayer):
             _check_layer(layer, adapters.trained, is_fitted=args.local_distillation_tokens > 0)
     return model
 
 
-def _check_dense_weights_stay(configs: Sequence[PeftConfig]) -> None:
+def _check_configs(configs: Sequence[PeftConfig]) -> None:
     for config in configs:
         init = str(getattr(config, "init_lora_weights", None))
         wrong = f"init_lora_weights={init!r}" if init.lower().startswith(_REWRITING) else None
         if getattr(config, "kasa_config", None) is not None:
             wrong = "kasa_config"
+        if getattr(config, "alora_invocation_tokens", None) is not None:
+            raise ValueError(
+                "peft_config: alora_invocation_tokens makes an adapter that cannot be merged into the dense weights, "
+                "as an export does"
+            )
         bias = getattr(config, "bias", "none")
         if bias != "none":
             raise ValueError(
@@ -68,9 +81,9 @@ def _check_dense_weights_stay(configs: Sequence[PeftConfig]) -> None:
 
 
 def _check_layer(layer: LoraLayer, adapters: Sequence[str], is_fitted: bool) -> None:
-    if is_fitted and any(name in layer.lora_variant for name in adapters):
+    if is_fitted and (isinstance(layer, AdaLoraLayer) or any(name in layer.lora_variant for name in adapters)):
         raise ValueError(
-            "adapters that are no plain LoRA (DoRA and the like) cannot be fitted in closed form: set "
+            "adapters that are no plain LoRA (DoRA, AdaLoRA and the like) cannot be fitted in closed form: set "
             "local_distillation_tokens=0, or drop that option of peft_config"
         )
     has_bias = getattr(layer.get_base_layer(), "bias", None) is not None
@@ -83,8 +96,13 @@ def learning_copy(model: nn.Module) -> nn.Module:
     A copy of the dense model whose weights learn.
 
     Raises:
-        `ValueError`: If they are quantised.
+        `ValueError`: If they are quantised, or adapted by peft.
     """
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "full_finetuning needs the dense model itself: unload() the adapters of the PeftModel, or make them part "
+            "of it with merge_and_unload()"
+        )
     if any(map(is_quantized, model.modules())):
         raise ValueError("full_finetuning needs weights that can learn: load the model without quantisation")
     return copy.deepcopy(model).requires_grad_(True)

@@ -101,7 +101,8 @@ class PDPruneTrainer(StageTrainer):
         self.dense_model = None  # the model itself, where adapters learn
         torch.manual_seed(args.seed)
         if args.full_finetuning:
-            self.dense_model, model = model.requires_grad_(False), learning_copy(model)
+            self.dense_model, model = model, learning_copy(model)
+            self.dense_model.requires_grad_(False).eval()
         else:
             model = add_adapters(model, plan, args, peft_config)
         # transformers' own would leave out the KV cache, see checkpointed_blocks.

@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from trl import SFTTrainer
 
 from ..data import PromptCompletionCollator
+from ..data.prompt_completion import IGNORED_LABEL
 from ..inference import DecodeStage, PrefillStage
 from .dense_config import kept_config
 from .distillation_step import DistillationStep, call_inside
@@ -77,7 +78,11 @@ class StageTrainer(SFTTrainer):
         whole.max_length, whole.shuffle_dataset = None, False
         dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         check_whole_rows(dataset, f"{dataset_name}_dataset", args.max_length, args.truncation_mode, packing)
-        return super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, None, dataset_name)
+        if not packing:
+            return dataset
+        with args.main_process_first(desc=f"{dataset_name}_dataset"):
+            return dataset.filter(_can_be_trained_on)  # joined text is cut anywhere
 
     # Loss
 
@@ -167,3 +172,8 @@ class StageTrainer(SFTTrainer):
                 return self.compute_loss(model, inputs), None, None
             loss, output = self.compute_loss(model, inputs, return_outputs=True)
         return loss, output.logits, inputs["labels"]
+
+
+def _can_be_trained_on(row: dict[str, Any]) -> bool:
+    """Whether a row of joined text has a completion token, and one before it."""
+    return len(row["labels"]) > 1 and any(label != IGNORED_LABEL for label in row["labels"])
