@@ -45,6 +45,12 @@ def test_card_says_what_the_stage_is(stage):
     assert "{{" not in card and "{%" not in card and card.endswith("\n")
 
 
+def test_data_set_and_more_tags_are_in_the_metadata():
+    data = front_matter(model_card(PLAN, "decode", "my-model", dataset_name="me/text", tags=("mine", "pruned")))
+    assert data["datasets"] == ["me/text"] and data["tags"].count("pruned") == data["tags"].count("mine") == 1
+    assert "datasets" not in front_matter(model_card(PLAN, "decode", "my-model"))
+
+
 def test_projected_blocks_are_in_the_card():
     card = model_card(replace(PLAN, prefill=StagePlan((2,), (), (0, 5))), "prefill", "my-model")
     assert "| blocks of which only keys and values are computed | 0, 5 | none |" in card

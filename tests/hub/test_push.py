@@ -38,7 +38,8 @@ except FileNotFoundError as error:
 urls = push_stages_to_hub(folder, "me/tiny", token=sys.argv[2], commit_message="first", collection=True)
 seen["urls"] = {stage: url.repo_id for stage, url in urls.items()}
 push_stages_to_hub(
-    folder, "me/both", subfolders=True, private=True, revision="v1", token=sys.argv[2], collection="Two Stages"
+    folder, "me/both", subfolders=True, private=True, revision="v1", token=sys.argv[2], collection="Two Stages",
+    dataset_name="me/text", tags=["mine"],
 )
 
 def digests(folder):
@@ -198,6 +199,8 @@ def test_cards_name_the_repos(pushed):
     files = server.repos["me/both"].branches["v1"]
     assert 'load_stages("me/both")' in files["README.md"].decode()
     assert 'from_pretrained("me/both", subfolder="decode")' in files["decode/README.md"].decode()
+    for path in ("README.md", "decode/README.md"):
+        assert "datasets:\n- me/text" in files[path].decode() and "- mine" in files[path].decode()
 
 
 def test_no_token_anywhere(pair, pushed):

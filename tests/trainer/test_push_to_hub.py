@@ -1,3 +1,4 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,10 @@ def calls(monkeypatch):
 
 def trainer(calls, should_save=True, **args):
     values = {"output_dir": "outputs/mine", "hub_model_id": None, "hub_private_repo": None, "hub_token": None}
-    values |= {"should_save": should_save, "hub_revision": None} | args
-    return SimpleNamespace(args=SimpleNamespace(**values), save_model=lambda folder: calls.append(folder))
+    values |= {"should_save": should_save, "hub_revision": None, "push_to_hub": False} | args
+    made = SimpleNamespace(args=SimpleNamespace(**values), _export=calls.append)
+    made._push = partial(PDPruneTrainer._push, made)
+    return made
 
 
 def test_exports_and_pushes_both_stages(calls):
@@ -27,13 +30,19 @@ def test_exports_and_pushes_both_stages(calls):
     urls = PDPruneTrainer.push_to_hub(trainer(calls, **args), "done", collection=True)
     assert urls == {"prefill": "url"}
     expected = {"private": True, "revision": "v1", "commit_message": "done", "token": "secret", "collection": True}
-    assert calls == ["outputs/mine", (("outputs/mine", "me/tiny"), expected)]
+    assert calls == ["outputs/mine", (("outputs/mine", "me/tiny"), expected | {"tags": ()})]
 
 
 def test_arguments_of_the_call_come_first(calls):
-    PDPruneTrainer.push_to_hub(trainer(calls, hub_revision="v1", hub_token="a"), token="b", revision="v2")
-    assert calls[1][0][1] == "mine"
-    assert (calls[1][1]["token"], calls[1][1]["revision"]) == ("b", "v2")
+    args = {"hub_revision": "v1", "hub_token": "a", "hub_private_repo": True}
+    PDPruneTrainer.push_to_hub(trainer(calls, **args), token="b", revision="v2", private=False)
+    assert calls[1][0][1] == "mine" and calls[1][1]["commit_message"] == "End of training"
+    assert (calls[1][1]["token"], calls[1][1]["revision"], calls[1][1]["private"]) == ("b", "v2", False)
+
+
+def test_what_model_cards_say_can_be_given_as_to_any_trainer(calls):
+    PDPruneTrainer.push_to_hub(trainer(calls), dataset_name="me/text", tags="mine")
+    assert calls[1][1]["dataset_name"] == "me/text" and calls[1][1]["tags"] == ("mine",)
 
 
 def test_one_rank_pushes(calls):
@@ -45,3 +54,11 @@ def test_not_in_the_background(calls):
     with pytest.raises(ValueError, match="blocking"):
         PDPruneTrainer.push_to_hub(trainer(calls), blocking=False)
     assert calls == []
+
+
+@pytest.mark.parametrize("option", [False, True])
+def test_what_is_saved_goes_to_the_hub_where_the_option_says_so(calls, option):
+    PDPruneTrainer.save_model(trainer(calls, push_to_hub=option), "outputs/stages")
+    assert calls[0] == "outputs/stages" and len(calls) == 1 + option
+    if option:
+        assert calls[1][0] == ("outputs/stages", "mine") and calls[1][1]["commit_message"] == "Model save"

@@ -36,6 +36,8 @@ def model_card(
     where: Mapping[str, tuple[str, str]] | None = None,
     licence: str | None = None,
     picture: bool = False,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
 ) -> str:
     """
     The text of a stage's model card.
@@ -49,6 +51,8 @@ def model_card(
         where (`Mapping[str, tuple[str, str]]`, *optional*): Repo and subfolder of each checkpoint, for the usage code.
         licence (`str`, *optional*): Licence of the dense model, by its name on the Hub.
         picture (`bool`, defaults to `False`): Whether `pruning_plan.png` lies beside the card.
+        dataset_name (`str`, *optional*): Id on the Hub of what the stages were distilled on.
+        tags (`Sequence[str]`): More tags.
     """
     is_repo = is_repo_id(plan.base_model)
     results = results or {}
@@ -62,7 +66,8 @@ def model_card(
         license=licence,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*TAGS, *(where if stage is None else (stage,))],
+        datasets=dataset_name and [dataset_name],
+        tags=list(dict.fromkeys([*TAGS, *(where if stage is None else (stage,)), *tags])),
         model_name=name,
         eval_results=_eval_results(results) or None,
     )

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, RepoUrl
@@ -38,6 +40,8 @@ def push_stages_to_hub(
     commit_message: str | None = None,
     collection: bool | str = False,
     token: str | None = None,
+    dataset_name: str | None = None,
+    tags: Sequence[str] = (),
 ) -> dict[str, RepoUrl]:
     """
     Puts both stages on the Hub: one repo for each (`<repo_id>-prefill`, `<repo_id>-decode`; `<repo_id>-unified` for a
@@ -59,6 +63,8 @@ def push_stages_to_hub(
         collection (`bool` or `str`, defaults to `False`): Whether to tie the stages together in a collection; a string
             is its title (default: the name of the pair).
         token (`str`, *optional*): Access token. Default: that of `hf auth login`.
+        dataset_name (`str`, *optional*): Id on the Hub of what the stages were distilled on, for the model cards.
+        tags (`Sequence[str]`): More tags of the model cards.
 
     Returns:
         `dict[str, RepoUrl]`: The repo of each checkpoint.
@@ -80,6 +86,15 @@ def push_stages_to_hub(
     message = commit_message or f"Upload the stages with hf_pdprune {__version__}"
     results = read_json(folder / RESULTS_FILE_NAME) if (folder / RESULTS_FILE_NAME).is_file() else None
     licence = base_licence(plan, Path(next(iter(locations.values())).path), token)
+    card_of = partial(
+        model_card,
+        plan,
+        results=results,
+        licence=licence,
+        picture=_picture(folder),
+        dataset_name=dataset_name,
+        tags=tags,
+    )
     urls: dict[str, RepoUrl] = {}
     for stage, name in names.items():  # all repos before any upload: what is forbidden is found at once
         urls[stage] = api.create_repo(name, private=private, exist_ok=True)
@@ -97,14 +112,14 @@ def push_stages_to_hub(
             commit_message=message,
             revision=revision,
         )
-        card = model_card(plan, stage, repo.split("/")[-1], results, where, licence, _picture(folder))
+        card = card_of(stage, repo.split("/")[-1], where=where)
         _upload(api, repo, "/".join(filter(None, (subfolder, "README.md"))), card.encode(), message, revision)
         if _picture(folder):
             path = "/".join(filter(None, (subfolder, PICTURE_FILE_NAME)))
             _upload(api, repo, path, folder / PICTURE_FILE_NAME, message, revision)
     if subfolders:
         (repo,) = {url.repo_id for url in urls.values()}
-        card = model_card(plan, None, repo.split("/")[-1], results, where, licence, _picture(folder))
+        card = card_of(None, repo.split("/")[-1], where=where)
         _upload(api, repo, "README.md", card.encode(), message, revision)
         if _picture(folder):
             _upload(api, repo, PICTURE_FILE_NAME, folder / PICTURE_FILE_NAME, message, revision)

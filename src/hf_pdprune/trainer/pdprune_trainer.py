@@ -3,6 +3,7 @@
 import copy
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -256,6 +257,7 @@ class PDPruneTrainer(StageTrainer):
         Writes the stages as checkpoints of their own, `<output_dir>/prefill` and `<output_dir>/decode`, or with
         `stage="unified"` the one that serves both, `<output_dir>/unified`. The checkpoints that training itself writes
         hold the adapters and the plan, not the dense weights (but with `full_finetuning`, the weights that learn).
+        With the option `push_to_hub`, the stages go to the Hub, too.
         """
         output_dir = output_dir or self.args.output_dir
         if _internal_call:
@@ -265,6 +267,11 @@ class PDPruneTrainer(StageTrainer):
                 self.removal.save(output_dir)
                 self.local_distillation.save(output_dir)
             return
+        self._export(output_dir)
+        if self.args.push_to_hub:
+            self._push(output_dir, "Model save")
+
+    def _export(self, output_dir: str) -> None:
         if self.state.global_step > 0 and not self.removal.is_complete:
             logger.warning("training ended before all blocks were removed; the saved stages lack all of them")
         with whole_weights(self.accelerator.unwrap_model(self.model), self.args.should_save):
@@ -275,30 +282,34 @@ class PDPruneTrainer(StageTrainer):
 
     def push_to_hub(
         self,
-        commit_message: str | None = None,
+        commit_message: str | None = "End of training",
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
+        tags: str | Sequence[str] = (),
         **kwargs: Any,
     ) -> dict[str, str] | None:
         """
         Exports the stages to `output_dir` and puts them on the Hub under `hub_model_id` (default: the folder's name);
-        see [`push_stages_to_hub`], which takes `kwargs` (`subfolders`, `collection`).
+        see [`push_stages_to_hub`], which takes `kwargs`, too (`dataset_name`, `subfolders`, `collection`).
 
         Raises:
             `ValueError`: If `blocking=False`: an export must not change while it is uploaded.
         """
         if not blocking:
             raise ValueError("push_to_hub of PDPruneTrainer has no blocking=False")
-        self.save_model(self.args.output_dir)
-        if not self.args.should_save:
+        self._export(self.args.output_dir)
+        given = {"token": token, "revision": revision, "private": private}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        tags = (tags,) if isinstance(tags, str) else tuple(tags)
+        return self._push(self.args.output_dir, commit_message, tags=tags, **kwargs)
+
+    def _push(self, folder: str, commit_message: str | None, **kwargs: Any) -> dict[str, str] | None:
+        """Puts an export on the Hub; `kwargs` come before what the options say."""
+        args = self.args
+        if not args.should_save:
             return None
-        return push_stages_to_hub(
-            self.args.output_dir,
-            self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)),
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            commit_message=commit_message,
-            token=token or self.args.hub_token,
-            **kwargs,
-        )
+        options = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        name = args.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+        return push_stages_to_hub(folder, name, commit_message=commit_message, **options | kwargs)
