@@ -41,5 +41,5 @@ def test_option_names_the_token(tiny_llama, make_trainer, tiny_tokenizer):
 
 
 def test_a_collator_of_ones_own_is_refused(tiny_llama, make_trainer):
-    with pytest.raises(TypeError, match="data_collator"):
+    with pytest.raises(ValueError, match="data_collator is not supported"):
         make_trainer(tiny_llama, data_collator=list)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from trl import SFTConfig
 
 from hf_pdprune.hub import load_stages
 from hf_pdprune.inference import disaggregated_forward
@@ -181,9 +182,15 @@ def test_the_callers_options_stay_as_they_are(tiny_model, plan, rows, tiny_token
     options = {"max_length": 400, "activation_checkpointing": True, "model_init_kwargs": {"dtype": "bfloat16"}}
     args = PDPruneConfig(str(tmp_path), report_to="none", use_cpu=True, **options)
     before = args.to_dict()
-    folder = str(tmp_path / "dense")
-    trainer = PDPruneTrainer(folder, plan, args, train_dataset=rows, processing_class=tiny_tokenizer)
+    trainer = PDPruneTrainer(tmp_path / "dense", plan, args, train_dataset=rows, processing_class=tiny_tokenizer)
     assert args.to_dict() == before and trainer.args.max_length == 32
+
+
+def test_options_of_another_kind_are_refused(tiny_llama, plan, rows, tmp_path):
+    with pytest.raises(TypeError, match="args must be a PDPruneConfig, got SFTConfig"):
+        PDPruneTrainer(tiny_llama, plan, SFTConfig(str(tmp_path), bf16=False), train_dataset=rows)
+    with pytest.raises(TypeError, match="peft_config must be a PeftConfig, got dict"):
+        PDPruneTrainer(tiny_llama, plan, train_dataset=rows, peft_config={"r": 4})
 
 
 def test_plan_of_another_model_is_refused(tiny_model, make_trainer):

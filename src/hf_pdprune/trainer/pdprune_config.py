@@ -275,6 +275,11 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"loss_type={self.loss_type!r} is not supported: {loss}")
         if self.router_aux_loss_coef:
             raise ValueError(f"router_aux_loss_coef is not supported: {loss}; the experts' load is not balanced anew")
+        if "inputs" in self.include_for_metrics:
+            raise ValueError(
+                "include_for_metrics=['inputs'] is not supported: a batch has no input_ids, but prompts and "
+                "completions; 'teacher' and 'loss' can be included"
+            )
         if (self.activation_checkpointing_kwargs or {}) not in ({}, {"use_reentrant": False}):
             raise ValueError(
                 "activation_checkpointing_kwargs is not supported: the stages' blocks are always computed again as a "

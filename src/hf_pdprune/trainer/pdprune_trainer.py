@@ -45,8 +45,8 @@ class PDPruneTrainer(StageTrainer):
     has a LoRA adapter of its own, and the teacher is the same model without adapters and with all blocks.
 
     Args:
-        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The dense model, or its id. Adapters
-            of an earlier training that it has go on from where they are, in all their layers.
+        model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The dense model, its id or
+            its folder. Adapters of an earlier training that it has go on from where they are, in all their layers.
         plan ([`PruningPlan`] or `str`): The plan, or the folder or repo where it is.
         args ([`PDPruneConfig`], *optional*): The options.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
@@ -69,7 +69,7 @@ class PDPruneTrainer(StageTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | os.PathLike | PreTrainedModel | PeftModel,
         plan: PruningPlan | str | os.PathLike,
         args: PDPruneConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -78,11 +78,16 @@ class PDPruneTrainer(StageTrainer):
         peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
+        if args is not None and not isinstance(args, PDPruneConfig):
+            raise TypeError(f"args must be a PDPruneConfig, got {type(args).__name__}")
+        if peft_config is not None and not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}")
         args = copy.copy(args or PDPruneConfig("pdprune"))  # the caller's stay as they are
         if args.full_finetuning and peft_config is not None:
             raise ValueError("peft_config has no effect with full_finetuning: all weights of the stage learn")
         plan = plan if isinstance(plan, PruningPlan) else PruningPlan.from_pretrained(plan)
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
+            model = os.fspath(model)
             processing_class = processing_class or load_tokenizer(model, args)
             model = load_dense_model(model, args, kwargs.pop("quantization_config", None))
             args.model_init_kwargs = None

@@ -41,6 +41,8 @@ class StageTrainer(SFTTrainer):
     def __init__(self, model: PreTrainedModel, args: PDPruneConfig, **kwargs: Any):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func is not supported: the loss is that of the options, see PDPruneConfig")
+        if kwargs.pop("data_collator", None) is not None:
+            raise ValueError("data_collator is not supported: rows are cut by PromptCompletionCollator")
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if context is not None:  # rows are cut to max_length, which no model can exceed
             args.max_length = min(args.max_length or context, context)
