@@ -88,3 +88,14 @@ def test_training_in_two_processes_goes_on_where_it_was_interrupted(training_fol
     assert losses_of(resumed) == pytest.approx(losses_of(whole), rel=1e-5)
     for name, tensor in weights.items():
         assert_close(weights_of_resumed[name], tensor, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.invariant
+def test_all_processes_end_where_the_loss_of_one_is_no_number(training_folder):
+    process = start_training(training_folder, 2, poisoned_process=1)
+    try:
+        assert process.wait(timeout=240) != 0
+    finally:
+        process.kill()
+    for number in range(2):
+        assert "training diverged at step 2: the loss is nan" in (training_folder / f"diverged-{number}").read_text()

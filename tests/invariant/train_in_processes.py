@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_pdprune.plan import KVPlan, PruningPlan, StagePlan
-from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer
+from hf_pdprune.trainer import DivergenceError, PDPruneConfig, PDPruneTrainer
 
 
 def main(folder: Path, options: dict) -> None:
@@ -29,7 +29,7 @@ def main(folder: Path, options: dict) -> None:
         row["labels"] = [-100] * 23 + row["input_ids"][23:]
     for row in rows[8:]:
         row["labels"] = [-100] * 6 + row["input_ids"][6:]
-    resume = options.pop("resume", None)
+    resume, poisoned = options.pop("resume", None), options.pop("poisoned_process", None)
     if "deepspeed" in options:
         import deepspeed
 
@@ -47,12 +47,28 @@ def main(folder: Path, options: dict) -> None:
         eval_dataset=Dataset.from_list(rows[4:12]),
         processing_class=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    if trainer.args.process_index == poisoned:
+        poison(trainer)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except DivergenceError as error:
+        (folder / f"diverged-{trainer.args.process_index}").write_text(str(error))
+        raise
     metrics = trainer.evaluate()
     trainer.save_model(str(Path(options["output_dir"]) / "stages"))
     if trainer.accelerator.is_main_process:
         result = {"log": trainer.state.log_history, "eval": metrics}
         (folder / "result.json").write_text(json.dumps(result))
+
+
+def poison(trainer: PDPruneTrainer) -> None:
+    """Lets the loss of the second step be no number in this process."""
+    compute_loss = trainer.compute_loss
+
+    def poisoned(*args, **kwargs):
+        return compute_loss(*args, **kwargs) * (float("nan") if trainer.state.global_step == 1 else 1.0)
+
+    trainer.compute_loss = poisoned
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ def start_training(folder, processes=1, **options):
     Args:
         folder (`Path`): The folder.
         processes (`int`): How many share the rows.
-        options: For `PDPruneConfig`, beside `OPTIONS`; `resume` is for `train`.
+        options: For `PDPruneConfig`, beside `OPTIONS`; `resume` is for `train`, and in `poisoned_process` the second
+            step's loss is no number.
 
     Returns:
         `subprocess.Popen`: The process, or the one that starts them.

@@ -108,6 +108,20 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(tiny_llama, make
         trainer.train()
 
 
+def test_divergence_of_another_process_ends_this_one(tiny_llama, make_trainer, monkeypatch):
+    reduced = []
+
+    def with_another(loss, reduction):
+        reduced.append(loss)
+        return loss + (float("nan") if len(reduced) == 2 else 1.0)
+
+    monkeypatch.setattr("hf_pdprune.trainer.stage_trainer.reduce", with_another)
+    trainer = make_trainer(tiny_llama, gradient_accumulation_steps=2)
+    with pytest.raises(DivergenceError, match="step 2: the loss is nan"):
+        trainer.train()
+    assert all(torch.isfinite(loss) for loss in reduced) and len(reduced) == 2  # once per step
+
+
 def test_checkpoint_with_an_adapter_that_the_model_lacks_is_refused(tiny_model, make_trainer, tmp_path):
     adapted = make_trainer(tiny_model("llama"), stage="prefill").model
     make_trainer(adapted, stage="decode", save_strategy="steps", save_steps=2).train()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from datasets import Dataset, IterableDataset
 from torch import nn
 from torch.utils.data import DataLoader
@@ -57,6 +58,7 @@ class StageTrainer(SFTTrainer):
         for name, dataset in {"train_dataset": self.train_dataset, **evaluated}.items():
             check_prepared_rows(dataset, name, context, args.max_length)
         self._loss_shifts_labels = False  # the collator's labels are aligned with the logits
+        self._loss_of_step: torch.Tensor | float = 0.0  # of this process
         self._sums = {"train": TrainingMetrics(), "eval": TrainingMetrics()}
 
     @abstractmethod
@@ -116,8 +118,13 @@ class StageTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            raise DivergenceError(f"the loss is {loss.item()}", self.state.global_step + 1, self.args.output_dir)
+        self._loss_of_step = self._loss_of_step + loss
+        if self.accelerator.sync_gradients:
+            # No process may go on alone, where the others' gradients will never come.
+            total, self._loss_of_step = reduce(self._loss_of_step, "sum"), 0.0
+            if not torch.isfinite(total):
+                step = self.state.global_step + 1
+                raise DivergenceError(f"the loss is {total.item()}", step, self.args.output_dir)
         return loss
 
     def _pop_metrics(self, mode: str) -> dict[str, float]:
