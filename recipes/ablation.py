@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
@@ -36,6 +36,7 @@ from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_table
 from hf_pdprune.evaluation.ablation_variants import SPLITS, AblationVariants
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.process_group import join_processes
@@ -192,20 +193,12 @@ class Study:
 
     @cached_property
     def dense(self) -> PreTrainedModel:
-        device = self.state.device
-        dtype = "float32" if self.args.dtype == "auto" and device.type == "cpu" else self.args.dtype
-        try:
-            model = AutoModelForCausalLM.from_pretrained(self.dense_name, dtype=dtype, use_safetensors=True)
-        except OSError as error:
-            raise ValueError(f"no dense model {self.dense_name!r}: {str(error).splitlines()[0]}") from error
-        return model.to(device).eval()
+        pairs = [self.args.plan, *(entry.partition("=")[2] for entry in self.args.healed)]
+        return load_dense_model(self.dense_name, pairs, self.args.dtype)
 
     @cached_property
     def tokenizer(self) -> Any:
-        tokenizer = AutoTokenizer.from_pretrained(self.dense_name)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+        return load_tokenizer(self.dense_name)
 
     @cached_property
     def examples(self) -> list[dict[str, list[int]]]:

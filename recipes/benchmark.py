@@ -18,17 +18,17 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report, write_results
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model
 from hf_pdprune.evaluation.model_shape import SHAPES, ModelShape
 from hf_pdprune.evaluation.report import BENCHMARK_FILE_NAME
 from hf_pdprune.evaluation.result_table import ResultTable
@@ -77,16 +77,6 @@ class BenchmarkArguments:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
-def load_dense(args: BenchmarkArguments, name: str, **model_kwargs: Any) -> PreTrainedModel:
-    """The dense model in eval mode; a `ValueError` that names it where there is none."""
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, revision=args.dense_revision, use_safetensors=True, **model_kwargs
-        ).eval()
-    except OSError as error:
-        raise ValueError(f"no dense model {name!r}: {str(error).splitlines()[0]}") from error
-
-
 def load_all(args: BenchmarkArguments) -> tuple[PreTrainedModel, PrefillStage, DecodeStage]:
     """The dense model and the stages, on this process's device."""
     device = PartialState().device
@@ -104,10 +94,11 @@ def load_all(args: BenchmarkArguments) -> tuple[PreTrainedModel, PrefillStage, D
     if args.attn_implementation is not None:
         model_kwargs["attn_implementation"] = args.attn_implementation
     prefill, decode = load_stages(args.stages, **model_kwargs)
-    dense = load_dense(args, args.dense or prefill.plan.base_model, **model_kwargs)
+    name = args.dense or prefill.plan.base_model
+    dense = load_dense_model(name, [args.stages], revision=args.dense_revision, **model_kwargs)
     prefill.plan.blocks_of(dense.config)
-    for model in (dense, prefill.model, decode.model):
-        model.to(device)
+    for stage in (prefill, decode):
+        stage.model.to(device)
     return dense, prefill, decode
 
 

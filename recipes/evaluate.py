@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
@@ -34,6 +34,7 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_exampl
 from hf_pdprune.evaluation import compare_hand_overs, handing_over_all_tokens, write_report, write_results
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import check_dense_model, load_tokenizer
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.pair_source import PairSource
@@ -144,16 +145,15 @@ class Models:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            tokenizer = AutoTokenizer.from_pretrained(PairSource(self.args.stages).tokenizer)
+            return load_tokenizer(PairSource(self.args.stages).tokenizer)
         except (OSError, ValueError):  # exported without one
-            tokenizer = AutoTokenizer.from_pretrained(self.dense_name)
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        return tokenizer
+            return load_tokenizer(self.dense_name)
 
     @cached_property
     def dense(self) -> PDPruneLM:
-        return PDPruneLM(self.dense_name, plan="empty", tokenizer=self.tokenizer, **self.kwargs)
+        lm = PDPruneLM(self.dense_name, plan="empty", tokenizer=self.tokenizer, **self.kwargs)
+        check_dense_model(lm.model, self.dense_name, self.args.stages)
+        return lm
 
     @cached_property
     def pruned(self) -> PDPruneLM:

@@ -33,6 +33,7 @@ from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import write_report
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.handover_times import HandoverTimes, measured_and_modelled
 from hf_pdprune.evaluation.link_report import HANDOVER_FILE_NAME, gain_table, link_table, verdicts
@@ -119,7 +120,7 @@ def cases_and_dtype(args: HandoverArguments) -> tuple[list[Case], str]:
     plan = PruningPlan.from_pretrained(folder)
     stages = [str(path) for path in stage_folders(folder).values()]
     dense = args.dense or plan.base_model
-    model = AutoModelForCausalLM.from_pretrained(dense, use_safetensors=True)
+    model = load_dense_model(dense, [folder])
     dtype = "float32" if device_of(0).type == "cpu" else str(model.dtype).removeprefix("torch.")
     cases = [
         Case("dense", dense, dense, PruningPlan.empty(model, dense)),

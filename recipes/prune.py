@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from hf_pdprune import PruningPlan
@@ -36,6 +36,7 @@ from hf_pdprune.evaluation import (
     write_results,
 )
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.text_overlap import shown_text
@@ -133,19 +134,8 @@ FILES_OF_STEP = {
 
 def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model in eval mode, and its tokenizer (with a padding token)."""
-    dtype = args.dtype
-    if dtype == "auto" and not torch.cuda.is_available():
-        dtype = "float32"
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, revision=args.model_revision, dtype=dtype, use_safetensors=True
-        )
-    except OSError as error:
-        raise ValueError(f"no model {args.model_name_or_path!r}: {str(error).splitlines()[0]}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model.to(PartialState().device).eval(), tokenizer
+    tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
+    return load_dense_model(args.model_name_or_path, dtype=args.dtype, revision=args.model_revision), tokenizer
 
 
 def batches(

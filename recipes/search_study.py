@@ -20,13 +20,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel
 
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.search_study_report import (
@@ -140,11 +140,8 @@ class Study:
             ((name, map(shown_text, load_text(*source_and_split(source)))) for name, source in validation),
             sources=[(*source_and_split(source), None) for source in seen],
         )
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
-        self.model = AutoModelForCausalLM.from_pretrained(
-            args.model_name_or_path, dtype=torch.float32, use_safetensors=True
-        )
-        self.model.to(PartialState().device).eval()
+        self.tokenizer = load_tokenizer(args.model_name_or_path)
+        self.model = load_dense_model(args.model_name_or_path, dtype="float32")
         self.validation: dict[str, Text] = {}
         self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
         self.pairs: MergedPairs | None = None

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
+from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
@@ -319,9 +319,8 @@ def main(args: TokenChoiceArguments) -> None:
     plan = PruningPlan.from_pretrained(args.plan)
     rows = load_text(args.text, split="validation")
     args.check_overlap(evaluated_texts(args, rows), folders=[args.plan])
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype="float32", use_safetensors=True)
-    model.to(PartialState().device).eval()
+    tokenizer = load_tokenizer(args.model)
+    model = load_dense_model(args.model, [args.plan], dtype="float32")
     choices = TokenChoices(model, plan, args)
     stream = [
         token for row in rows for token in tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]

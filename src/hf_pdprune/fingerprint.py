@@ -1,8 +1,8 @@
-"""ModelFingerprint: tells whether two stages come from the same dense model and the same distillation."""
+"""Fingerprints: whether two stages come from the same dense model and distillation, and which dense model that is."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from accelerate.utils import align_module_device
@@ -13,6 +13,7 @@ from .shortened_config import text_config_of
 
 
 _SAMPLED_ROWS = 64
+_SAMPLED_SIGNS = 1024  # of each weight
 _SHAPE_ENTRIES = (
     "model_type",
     "hidden_size",
@@ -52,3 +53,18 @@ def combined_fingerprint(dense: str, tensors: Mapping[str, torch.Tensor]) -> str
         digest.update(name.encode())
         digest.update(tensors[name].detach().flatten()[:_SAMPLED_ROWS].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def weights_fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """
+    The digest of some weights, whatever they are called, by the signs of a sample of each: signs are the same in every
+    dtype that a model can be loaded in, and some of them change with the least training.
+    """
+    digests = set()  # tied weights count once, as not every model lists them twice
+    for tensor in tensors:
+        if tensor.is_floating_point():
+            flat = tensor.detach().flatten()
+            places = torch.linspace(0, flat.numel() - 1, min(_SAMPLED_SIGNS, flat.numel()), dtype=torch.float64).long()
+            signs = torch.signbit(flat[places.to(flat.device)]).cpu().numpy().tobytes()
+            digests.add(hashlib.sha256(f"{tuple(tensor.shape)}".encode() + signs).hexdigest())
+    return hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:32]

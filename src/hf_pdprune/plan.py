@@ -154,21 +154,25 @@ class PruningPlan:
                 raise ValueError(f"the {entry['stage']} stage checkpoint was made with another plan than this one")
         return blocks
 
-    def config_entry(self, stage: str, fingerprint: str) -> dict[str, Any]:
+    def config_entry(self, stage: str, fingerprint: str, dense_fingerprint: str | None = None) -> dict[str, Any]:
         """
-        What `config.pdprune` of a stage checkpoint says: the stage's name, the plan without its provenance, and the
-        fingerprint that both stages of a pair share.
+        What `config.pdprune` of a stage checkpoint says: the stage's name, the plan without its provenance, the
+        fingerprint that both stages of a pair share, and that of the dense model where it is known.
         """
         self.stage(stage)
         plan = {key: value for key, value in self.to_dict().items() if key != "provenance"}
-        return {"stage": stage, "plan": plan, "fingerprint": fingerprint}
+        entry = {"stage": stage, "plan": plan, "fingerprint": fingerprint}
+        return entry if dense_fingerprint is None else entry | {"dense_fingerprint": dense_fingerprint}
 
     @staticmethod
     def entry_of(config: PreTrainedConfig) -> dict[str, Any]:
         """`config.pdprune` of a stage checkpoint, checked. Raises a `ValueError` that names the key which is wrong."""
         entry = getattr(config, "pdprune", None)
-        check_keys(entry, ("stage", "plan", "fingerprint"), "config.pdprune")
-        for key, kind in (("stage", str), ("plan", dict), ("fingerprint", str)):
+        kinds = {"stage": str, "plan": dict, "fingerprint": str}
+        if isinstance(entry, dict) and "dense_fingerprint" in entry:  # pairs of older versions have none
+            kinds["dense_fingerprint"] = str
+        check_keys(entry, kinds, "config.pdprune")
+        for key, kind in kinds.items():
             if not isinstance(entry[key], kind):
                 raise ValueError(f"config.pdprune.{key} must be a {kind.__name__}, got {entry[key]!r}")
         return entry

@@ -86,7 +86,7 @@ def test_from_plan_to_table(means, tmp_path):
 def test_a_run_with_other_options_in_the_same_folder_has_its_own_numbers(means, recipe, tiny_model, tmp_path):
     first = means(repeats=0, num_questions=0)
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "other")
-    recipe.AutoTokenizer.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "other")
+    recipe.load_tokenizer(tmp_path / "model").save_pretrained(tmp_path / "other")
     write_rows(
         tmp_path / "other.jsonl", [{"text": f"{i} is what another text says on its line. " * 4} for i in range(20)]
     )

@@ -16,6 +16,7 @@ from ..fingerprint import combined_fingerprint, model_fingerprint
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED, LAYOUTS, by_stage, served_stages
 from ..plan import PLAN_FILE_NAME, PruningPlan
 from ..projected_blocks import check_projectable, idle_layers
+from .dense_fingerprint import dense_fingerprint
 from .folder_swap import FolderSwap, naming_folder
 from .model_card import licence_in, model_card
 from .shard_writer import DEFAULT_SHARD_SIZE, write_shards
@@ -32,6 +33,7 @@ class StageBuilder:
         stage (`str`): `"prefill"`, `"decode"`, or `"unified"` for both in one.
         adapter (`str`, *optional*): Adapter to merge.
         fingerprint (`str`, *optional*): What both stages of a pair share. Default: that of model and adapter.
+        dense (`str`, *optional*): What [`dense_fingerprint`] says of the dense model, for the config.
 
     Raises:
         `ValueError`: If the model is not the plan's dense model, has no such adapter, or cannot do without the blocks.
@@ -44,6 +46,7 @@ class StageBuilder:
         stage: str,
         adapter: str | None = None,
         fingerprint: str | None = None,
+        dense: str | None = None,
     ):
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         if getattr(base.config, "pdprune", None) is not None:
@@ -62,7 +65,7 @@ class StageBuilder:
         # A model loaded from a quantised file (GGUF) has plain weights, but its config would say otherwise.
         if hasattr(self.empty.config, "quantization_config"):
             del self.empty.config.quantization_config
-        self.empty.config.pdprune = plan.config_entry(stage, fingerprint)
+        self.empty.config.pdprune = plan.config_entry(stage, fingerprint, dense)
         self._total = plan.num_hidden_layers
         path, projected = blocks_path(base), plan.stage(stage).projected_blocks
         self._dense_names = shortened_names(self.merged, path, self._kept)
@@ -157,7 +160,7 @@ def export_stage(
     folder = Path(output_dir)
     with FolderSwap(folder) as swap:
         _check_replaceable(folder, plan, overwrite)
-        builder = StageBuilder(model, plan, stage, adapter, fingerprint)
+        builder = StageBuilder(model, plan, stage, adapter, fingerprint, dense_fingerprint(model))
         _write_stage(swap, folder, builder, plan, tokenizer, max_shard_size)
     return folder
 
@@ -201,7 +204,8 @@ def export_stages(
     fingerprint = pair_fingerprint(
         model, {stage: adapters[name] for stage, name in by_stage(layout).items() if name in adapters}
     )
-    builders = {name: StageBuilder(model, plan, name, adapters.get(name), fingerprint) for name in layout}
+    dense = dense_fingerprint(model)
+    builders = {name: StageBuilder(model, plan, name, adapters.get(name), fingerprint, dense) for name in layout}
     return export_pair(builders, plan, output_dir, tokenizer, overwrite, max_shard_size)
 
 

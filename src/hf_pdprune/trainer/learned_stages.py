@@ -7,6 +7,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..fingerprint import combined_fingerprint, model_fingerprint
+from ..hub.dense_fingerprint import dense_fingerprint
 from ..hub.stage_checkpoint import StageBuilder, export_pair, pair_fingerprint
 from ..inference import DecodeStage, PrefillStage
 from ..pair_layout import DISAGGREGATED, served_stages
@@ -38,13 +39,17 @@ def export_learned_stages(
     prefill, decode = stages
     if prefill.model is decode.model and (prefill.adapter or decode.adapter):
         fingerprint = pair_fingerprint(prefill.model, {stage.name: stage.adapter for stage in stages if stage.adapter})
+        dense = prefill.model
     else:
         fingerprint = prefill.fingerprint
+        still = (s.model for s in stages if not any(p.requires_grad for p in s.model.parameters()))
+        dense = next(still, None)  # a model that learned as a whole is the dense one no more
         for stage in stages:
             learned = {name: p for name, p in stage.model.named_parameters() if p.requires_grad}
             fingerprint = combined_fingerprint(fingerprint, learned)
+    of_dense = None if dense is None else dense_fingerprint(dense)
     builders = {
-        checkpoint: StageBuilder(stage.model, plan, checkpoint, stage.adapter, fingerprint)
+        checkpoint: StageBuilder(stage.model, plan, checkpoint, stage.adapter, fingerprint, of_dense)
         for checkpoint, stage in sources.items()
     }
     export_pair(builders, plan, output_dir, tokenizer)
