@@ -24,7 +24,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser, PreTrainedModel
 
 from hf_pdprune.artefact_file import read_json, write_artefact
-from hf_pdprune.data import load_text, pack_tokens, tokenize_rows
+from hf_pdprune.data import load_text, pack_tokens, source_digest, tokenize_rows
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
@@ -36,6 +36,7 @@ from hf_pdprune.evaluation.search_study_report import (
     search_study_table,
 )
 from hf_pdprune.evaluation.text_overlap import shown_text
+from hf_pdprune.hub.dense_fingerprint import dense_fingerprint
 from hf_pdprune.plan import PruningPlan, StagePlan
 from hf_pdprune.search import (
     BlockCounts,
@@ -58,6 +59,7 @@ from hf_pdprune.search.pareto_front import ParetoPoint
 SIMPLE = {"one_shot": one_shot, "random": random_blocks, "end_group": end_group, "contiguous": contiguous_group}
 STEPWISE = ("greedy", "annealing", "annealing+merges")
 SEEDED = ("random", "annealing", "annealing+merges")
+ORIGIN_FILE_NAME = "search_study_origin.json"
 PLACES = ("model_name_or_path", "output_dir")
 
 
@@ -142,14 +144,32 @@ class Study:
         )
         self.tokenizer = load_tokenizer(args.model_name_or_path)
         self.model = load_dense_model(args.model_name_or_path, dtype="float32")
+        self.made_of = self._checked_origin()
         self.validation: dict[str, Text] = {}
         self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
         self.pairs: MergedPairs | None = None
         self.merge_source: str | None = None  # what they are distilled from
 
+    def _checked_origin(self) -> dict[str, str]:
+        """Which weights and texts the rows come from. A table must not mix those of one name that are not the same."""
+        there = read_json(self.folder / ORIGIN_FILE_NAME) if (self.folder / ORIGIN_FILE_NAME).is_file() else {}
+        own = {"model": dense_fingerprint(self.model) or self.args.model_name_or_path}
+        for kind in ("calibration", "validation"):
+            for name, source in map(split_name, getattr(self.args, kind)):
+                own[f"{kind} text {name}"] = source_digest(*source_and_split(source)) or source
+        for key, value in own.items():
+            if there.get(key, value) != value:
+                raise ValueError(
+                    f"{self.path} holds a study with another {key} ({there[key]}, not {value}): choose another "
+                    "output_dir"
+                )
+        return there | own
+
     def run(self) -> None:
         """Makes all rows that are not there yet: those of the first seed first, and of few blocks first."""
         args = self.args
+        if PartialState().is_main_process:
+            write_artefact(self.folder / ORIGIN_FILE_NAME, self.made_of)
         for named in args.calibration:
             text = Text(args, self.model, self.tokenizer, named, args.calibration_examples)
             statistics = BlockStatistics.measure(self.model, text.calibration.batches)

@@ -101,6 +101,21 @@ def test_other_options_make_other_rows(study, options, monkeypatch):
     assert more[:4] == rows and [row["validation"] for row in more[4:]] == ["third"]
 
 
+def test_a_study_is_of_one_model_and_its_texts(study, options, tiny_model, tmp_path):
+    options |= {"strategies": ["one_shot"], "num_blocks": [1]}
+    rows = rows_of(study, options)
+    path = tmp_path / "second.jsonl"
+    before = path.read_text()
+    path.write_text(before.replace("quick", "slow"))
+    with pytest.raises(ValueError, match="holds a study with another validation text second"):
+        rows_of(study, options)
+    path.write_text(before)
+    tiny_model("llama", num_hidden_layers=5, seed=1).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a study with another model"):
+        rows_of(study, options)
+    assert json.loads((tmp_path / "study" / "search_study.json").read_text()) == rows
+
+
 def test_rows_that_do_not_say_what_they_were_made_with_are_kept_and_not_mixed_in(study, options):
     folder = Path(options["output_dir"])
     old = {"strategy": "greedy", "seed": None, "num_blocks": 1, "calibration": "first", "validation": "first", "kl": 9}

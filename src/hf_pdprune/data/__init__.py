@@ -1,6 +1,7 @@
 from .packed_tokens import pack_tokens, tokenize_rows
 from .prompt_completion import PromptCompletionCollator, tokenize_examples
 from .python_text import PYDOC_DOCSTRINGS, PYDOC_TOPICS
+from .source_digest import source_digest
 from .text_source import load_text, public_name, single_sources
 
 
@@ -12,6 +13,7 @@ __all__ = [
     "pack_tokens",
     "public_name",
     "single_sources",
+    "source_digest",
     "tokenize_examples",
     "tokenize_rows",
 ]
