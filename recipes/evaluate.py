@@ -30,7 +30,7 @@ from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
-from hf_pdprune.data import PromptCompletionCollator, load_text, tokenize_examples
+from hf_pdprune.data import PromptCompletionCollator, load_text, source_digest, tokenize_examples
 from hf_pdprune.evaluation import compare_hand_overs, handing_over_all_tokens, write_report, write_results
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
@@ -162,11 +162,15 @@ class Models:
 
     @cached_property
     def identities(self) -> dict[str, dict[str, str]]:
-        """What tells models apart whose results may differ, without loading them."""
+        """What tells models apart whose results may differ."""
         fingerprint = read_json(stage_folders(self.args.stages)["prefill"] / "config.json").get("pdprune", {})
+        recorded = fingerprint.get("dense_fingerprint")
+        weights = {} if recorded is None else {"weights": recorded}
+        if recorded is not None:
+            _ = self.dense  # whose weights are checked: those of its name may have changed since the last run
         first_token = {} if self.args.first_token == "prefill" else {"first_token": self.args.first_token}
         return {
-            "dense": {"dense": self.dense_name, "dtype": self._dtype()},
+            "dense": {"dense": self.dense_name, "dtype": self._dtype(), **weights},
             "pruned": {
                 "plan": self.plan.digest,
                 "fingerprint": fingerprint.get("fingerprint", ""),
@@ -189,7 +193,9 @@ def evaluated_texts(
 
 def text_settings(args: EvaluateArguments) -> dict[str, Any]:
     """What the quality on text depends on beside the models."""
-    return {name: value for name, value in vars(args).items() if name.startswith(("text_", "quantizations", "kv_"))}
+    own = {name: value for name, value in vars(args).items() if name.startswith(("text_", "quantizations", "kv_"))}
+    digest = source_digest(args.text_dataset, args.text_split, args.text_subset)
+    return own if digest is None else own | {"text_digest": digest}
 
 
 def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
@@ -249,6 +255,7 @@ def main(args: EvaluateArguments) -> None:
 
     rows = RowFile(folder / ROWS_FILE_NAME, write=state.is_main_process)
     state.wait_for_everyone()  # nobody writes before all have read
+    known = len(rows)
     results: dict[str, dict[str, Any]] = {"dense": {}, "pruned": {}}
     for name, identity in models.identities.items():
         for task in tasks:
@@ -283,7 +290,7 @@ def main(args: EvaluateArguments) -> None:
     parts: dict[str, Any] = {"tasks": compared, "tasks_skipped": skipped, "overlap": overlap, **measured}
     if mean is not None:
         parts["tasks_mean"] = mean
-    if "dense" in vars(models):
+    if len(rows) > known:
         parts["evaluation_environment"] = describe_environment(models.dense.prefill.model)
     if folder != Path(args.stages):
         models.plan.save_pretrained(folder)

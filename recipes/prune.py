@@ -26,7 +26,14 @@ from trl import TrlParser
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.blocks import num_blocks
-from hf_pdprune.data import PromptCompletionCollator, load_text, public_name, tokenize_examples, tokenize_rows
+from hf_pdprune.data import (
+    PromptCompletionCollator,
+    load_text,
+    public_name,
+    source_digest,
+    tokenize_examples,
+    tokenize_rows,
+)
 from hf_pdprune.evaluation import (
     BenchmarkConfig,
     SpeedBenchmark,
@@ -41,6 +48,7 @@ from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import load_stages, write_model_cards
+from hf_pdprune.hub.dense_fingerprint import dense_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
 from hf_pdprune.pair_layout import CHECKPOINTS
 from hf_pdprune.plan import PLAN_FILE_NAME
@@ -156,6 +164,13 @@ def batches(
     groups = (examples[begin : begin + args.batch_size] for begin in range(0, len(examples), args.batch_size))
     device = PartialState().device
     return [{key: tensor.to(device) for key, tensor in collator(group).items()} for group in groups]
+
+
+def data_settings(args: PruneArguments, part: str) -> dict[str, Any]:
+    """The options of a text (`calibration`, `train` or `validation`), and what tells apart local data of one name."""
+    own = {key: value for key, value in asdict(args).items() if key.startswith(f"{part}_")}
+    digest = source_digest(own[f"{part}_dataset"], own[f"{part}_split"], own[f"{part}_subset"])
+    return own if digest is None else own | {f"{part}_dataset_digest": digest}
 
 
 def check_overlap(args: PruneArguments) -> dict[str, Any]:
@@ -305,17 +320,18 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     overlap = check_overlap(args)
 
     own = asdict(args)
-    searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "calib", "kv_"))}
-    searched |= asdict(config) | {"first_token": first_token}
+    searched = {key: own[key] for key in own if key.startswith(("model_", "base_", "dtype", "plan", "kv_"))}
+    searched |= data_settings(args, "calibration") | asdict(config) | {"first_token": first_token}
+    searched["dense_fingerprint"] = dense_fingerprint(model)
     if config.merge_pairs:
-        searched |= {key: own[key] for key in own if key.startswith("train_")}
+        searched |= data_settings(args, "train")
     if not run.is_done("plan", searched):
         check_plan_there(folder, args, config)
         search(args, config, model, tokenizer, folder, first_token)
         run.done("plan", searched)
     plan = PruningPlan.from_pretrained(folder)
 
-    trained = {key: own[key] for key in own if key.startswith("train_")}
+    trained = data_settings(args, "train")
     trained |= {key: getattr(training_args, key) for key in TRAINING_SETTINGS}
     if not run.is_done("stages", trained):
         distilled = train(args, training_args, model, tokenizer, plan, run.changed(trained))
@@ -324,8 +340,8 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
         run.done("stages", trained)
         del model  # it carries adapters now
         model, _ = load_model(args)
-    measured = {key: own[key] for key in own if key.startswith(("validation_", "benchmark_", "sample_"))}
-    measured["first_token"] = first_token
+    measured = {key: own[key] for key in own if key.startswith(("benchmark_", "sample_"))}
+    measured |= data_settings(args, "validation") | {"first_token": first_token}
     is_measured = run.is_done("results", measured)  # asked by all processes, which may have to wait for each other
     if not PartialState().is_main_process:
         return

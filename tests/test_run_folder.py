@@ -40,6 +40,7 @@ def test_an_option_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
     with pytest.raises(ValueError, match="holds a run with blocks=1, not 2"):
         run.is_done("plan", {"blocks": 2})
     changed = {"blocks": 1, "factors": [2], "other": 0}
+    assert run.is_done("plan", {"blocks": 1, "digest": "younger, and no option"})
     assert run.changed({"rule": False, **changed}) == changed
 
 

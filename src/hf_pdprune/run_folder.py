@@ -30,7 +30,7 @@ class RunFolder:
             the steps.
         overwrite (`bool`, defaults to `False`): Whether what other settings have made is made anew instead.
         options (`Sequence[type]`): Dataclasses whose fields are settings. A setting that was not recorded, since the
-            version that made the step did not have it, counts as the default.
+            version that made the step did not have it, counts as the default, or as unchanged where there is none.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class RunFolder:
         if step not in self.steps:
             return False
         recorded = self.defaults | self.steps[step]
-        changed = [key for key in settings if recorded.get(key) != settings[key]]
+        changed = [key for key in settings if key in recorded and recorded[key] != settings[key]]
         if not changed:
             return True
         if not self.overwrite:

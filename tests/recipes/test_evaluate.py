@@ -102,6 +102,20 @@ def test_from_stages_to_the_report_and_on_after_an_interruption(recipe, options,
     assert len(evaluated) == 9 and read_results(folder)["tasks"]["piqa"]["rows"] == 2
 
 
+def test_results_are_those_of_the_text_and_the_dense_model_that_are_there(recipe, options, tiny_model):
+    options |= {"tasks": ["piqa"], "limit": 2, "dense": str(options["dense"])}
+    run(recipe, options)
+    first = read_results(options["stages"])
+    write_rows(options["text_dataset"], [{"text": text(i, 60)} for i in range(21, 31)])
+    run(recipe, options)
+    second = read_results(options["stages"])
+    assert second["tasks"] == first["tasks"]
+    assert second["quality_of_stages"]["pruned"]["kl"] != first["quality_of_stages"]["pruned"]["kl"]
+    tiny_model("llama", num_hidden_layers=4, seed=1).save_pretrained(options["dense"])
+    with pytest.raises(ValueError, match="dense is not the dense model of .*: its weights differ"):
+        run(recipe, options)
+
+
 def test_quantised_payloads_beside_the_plain_ones(recipe, options, capsys):
     run(recipe, options, tasks="piqa", limit=2, quantizations="int4", kv_prompt_tokens=100)
     results, last = read_results(options["stages"]), json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.evaluation import read_results
+from hf_pdprune.evaluation.dense_model import check_dense_model, load_dense_model
 from hf_pdprune.hub import load_stages
 
 
@@ -120,6 +121,26 @@ def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, ca
     with pytest.raises(ValueError, match="num_decode_blocks=2, not 3"):
         run(prune, options, num_decode_blocks=3)
     load_stages(folder)  # nothing of it was touched
+
+
+def test_other_data_or_another_model_of_the_same_name_is_another_run(prune, options, tiny_model, tmp_path):
+    options |= {"merge_pairs": False, "num_token_aware_blocks": 0, "local_distillation_tokens": 0}
+    run(prune, options)
+    held_out = Path(options["validation_dataset"])
+    before = held_out.read_text()
+    held_out.write_text(before.replace("and ", "but "))
+    with pytest.raises(ValueError, match="a run with validation_dataset_digest='[0-9]+ bytes, sha256 .*', not '"):
+        run(prune, options)
+    held_out.write_text(before)
+    run(prune, options)
+    dense = load_dense_model(options["model_name_or_path"])
+    check_dense_model(dense, "dense", tmp_path / "run")
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(ValueError, match="other is not the dense model of"):
+        check_dense_model(other, "other", tmp_path / "run")
+    other.save_pretrained(options["model_name_or_path"])
+    with pytest.raises(ValueError, match="holds a run with dense_fingerprint='"):
+        run(prune, options)
 
 
 def test_an_interrupted_training_goes_on(prune, options, tmp_path, monkeypatch):
