@@ -30,7 +30,6 @@ from hf_pdprune.data import (
     PromptCompletionCollator,
     load_text,
     public_name,
-    source_digest,
     tokenize_examples,
     tokenize_rows,
 )
@@ -45,33 +44,26 @@ from hf_pdprune.evaluation import (
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.prune_steps import (
+    FILES_OF_STEP,
+    TRAINING_SETTINGS,
+    check_context,
+    data_settings,
+    needed_files,
+)
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import load_stages, write_model_cards
 from hf_pdprune.hub.dense_fingerprint import dense_fingerprint
 from hf_pdprune.inference import DecodeStage, PrefillStage, handover_between_processes
-from hf_pdprune.pair_layout import CHECKPOINTS
 from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.run_folder import RunFolder
 from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
-from hf_pdprune.search.pareto_front import FRONT_FILE_NAMES
-from hf_pdprune.search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer, last_complete_checkpoint
 
 
 PLACES = ("model_name_or_path", "output_dir", "plan")
-# What a distillation depends on; with other values of these an output_dir is another run.
-TRAINING_SETTINGS = (
-    "learning_rate", "lr_scheduler_type", "max_steps", "num_train_epochs", "per_device_train_batch_size",
-    "gradient_accumulation_steps", "max_length", "packing", "seed", "removal_rounds", "removal_fraction",
-    "bf16", "fp16",
-    "distillation_loss", "distillation_temperature", "token_aware_distillation", "local_distillation_tokens",
-    "local_distillation_rank", "packing_strategy", "warmup_steps", "weight_decay", "lora_rank", "lora_alpha",
-    "train_fitted_layers", "stage", "full_finetuning", "removal_fade_steps", "search_in_rounds",
-    "round_search_examples", "distillation_mixture", "distillation_top_k", "distillation_weight",
-    "cross_entropy_weight", "hidden_matching_weight", "hidden_matching_blocks", "first_token",
-)  # fmt: skip
 
 
 @dataclass
@@ -125,21 +117,6 @@ class PruneArguments(OverlapConfig):
     overwrite: bool = field(default=False, metadata={"help": "Start anew where output_dir holds another run."})
 
 
-# What each step leaves in output_dir, in the order of the steps.
-FILES_OF_STEP = {
-    "plan": (
-        "block_statistics.json",
-        PLAN_FILE_NAME,
-        JOURNAL_FILE_NAME,
-        KV_JOURNAL_FILE_NAME,
-        MERGED_PAIRS_FILE_NAME,
-        *FRONT_FILE_NAMES,
-    ),
-    "stages": ("checkpoints", *CHECKPOINTS, "distillation.json"),
-    "results": ("results.json", "report.md", "pruning_plan.png", "benchmark.json"),
-}
-
-
 def load_model(args: PruneArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The dense model in eval mode, and its tokenizer (with a padding token)."""
     tokenizer = load_tokenizer(args.model_name_or_path, args.model_revision)
@@ -166,13 +143,6 @@ def batches(
     return [{key: tensor.to(device) for key, tensor in collator(group).items()} for group in groups]
 
 
-def data_settings(args: PruneArguments, part: str) -> dict[str, Any]:
-    """The options of a text (`calibration`, `train` or `validation`), and what tells apart local data of one name."""
-    own = {key: value for key, value in asdict(args).items() if key.startswith(f"{part}_")}
-    digest = source_digest(own[f"{part}_dataset"], own[f"{part}_split"], own[f"{part}_subset"])
-    return own if digest is None else own | {f"{part}_dataset_digest": digest}
-
-
 def check_overlap(args: PruneArguments) -> dict[str, Any]:
     """Held-out text must not be what is calibrated or trained on, nor what a plan that is given was found on."""
     validation = load_text(args.validation_dataset, args.validation_split, subset=args.validation_subset)
@@ -182,23 +152,6 @@ def check_overlap(args: PruneArguments) -> dict[str, Any]:
     ]
     folders = [] if args.plan is None else [args.plan]
     return args.check_overlap([(args.validation_dataset, map(shown_text, validation))], folders, sources)
-
-
-def check_context(args: PruneArguments, benchmark: BenchmarkConfig, model: PreTrainedModel) -> None:
-    """Raises a `ValueError` that names the option whose prompts the model cannot read, before any long work."""
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    lengths = {
-        "calibration_prompt_tokens": args.calibration_prompt_tokens + args.calibration_completion_tokens,
-        "kv_calibration_prompt_tokens": args.kv_calibration_prompt_tokens + args.calibration_completion_tokens,
-        "validation_prompt_tokens": args.validation_prompt_tokens + args.validation_completion_tokens,
-        "benchmark_prompt_tokens": args.benchmark_prompt_tokens + 2 * benchmark.decode_tokens,
-    }
-    for name, length in lengths.items():
-        if context is not None and length > context:
-            raise ValueError(
-                f"{name} is too long: {getattr(args, name)} tokens and those after it are {length}, the model's "
-                f"context is {context}"
-            )
 
 
 def train(
@@ -309,7 +262,8 @@ def search(
 
 def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfig) -> None:
     folder = Path(training_args.output_dir)
-    run = RunFolder(folder, FILES_OF_STEP, args.overwrite, (PruneArguments, SearchConfig, PDPruneConfig))
+    options = (PruneArguments, SearchConfig, PDPruneConfig)
+    run = RunFolder(folder, FILES_OF_STEP, args.overwrite, options, needed_files(training_args.stage))
     first_token = training_args.first_token  # holds for search, distillation and measurement alike
     benchmark = BenchmarkConfig(prompt_tokens=[args.benchmark_prompt_tokens], first_token=first_token)
     model, tokenizer = load_model(args)

@@ -59,6 +59,27 @@ def test_overwrite_forgets_what_follows(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", "run.json"}
 
 
+def test_a_step_that_has_lost_a_file_is_made_again_with_those_after_it(tmp_path, caplog):
+    needed = {"plan": ("plan.json",), "stages": ("decode/*.safetensors",), "results": ("results.json",)}
+    run = RunFolder(tmp_path, FILES, needed=needed)
+    (tmp_path / "decode").mkdir()
+    for name in ("plan.json", "decode/model.safetensors", "results.json"):
+        (tmp_path / name).write_text("{}")
+    for step in FILES:
+        run.done(step, {"seed": 1})
+    assert all(RunFolder(tmp_path, FILES, needed=needed).is_done(step, {"seed": 1}) for step in FILES)
+    (tmp_path / "decode" / "model.safetensors").unlink()
+    again = RunFolder(tmp_path, FILES, needed=needed)
+    with pytest.raises(ValueError, match="holds a run with seed=1, not 2"):
+        again.is_done("stages", {"seed": 2})
+    assert [again.is_done(step, {"seed": 1}) for step in FILES] == [True, False, False]
+    assert "the step stages is done again: decode/*.safetensors is no longer there" in caplog.text
+    (tmp_path / "decode" / "model.safetensors").write_text("")
+    again.done("stages", {"seed": 1})
+    interrupted = RunFolder(tmp_path, FILES, needed=needed)
+    assert [interrupted.is_done(step, {"seed": 1}) for step in FILES] == [True, True, False]
+
+
 IN_PROCESSES = """
 import sys, time
 from pathlib import Path

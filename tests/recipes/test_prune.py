@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -126,13 +127,18 @@ def test_from_a_dense_model_to_the_report_and_again(prune, options, tmp_path, ca
 def test_other_data_or_another_model_of_the_same_name_is_another_run(prune, options, tiny_model, tmp_path):
     options |= {"merge_pairs": False, "num_token_aware_blocks": 0, "local_distillation_tokens": 0}
     run(prune, options)
+    kl = read_results(tmp_path / "run")["quality"]["healed"]["kl"]
     held_out = Path(options["validation_dataset"])
     before = held_out.read_text()
     held_out.write_text(before.replace("and ", "but "))
     with pytest.raises(ValueError, match="a run with validation_dataset_digest='[0-9]+ bytes, sha256 .*', not '"):
         run(prune, options)
     held_out.write_text(before)
+    shutil.rmtree(tmp_path / "run" / "decode")  # what is lost is made again, of the same plan
+    (tmp_path / "run" / "results.json").unlink()
     run(prune, options)
+    load_stages(tmp_path / "run")
+    assert read_results(tmp_path / "run")["quality"]["healed"]["kl"] == pytest.approx(kl)
     dense = load_dense_model(options["model_name_or_path"])
     check_dense_model(dense, "dense", tmp_path / "run")
     other = tiny_model("llama", seed=1)
