@@ -8,9 +8,14 @@ Puts the stages of a pair on the Hub.
 import argparse
 import sys
 
+from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from hf_pdprune.hub import push_stages_to_hub
+
+
+# Its first base: what all errors have of the HTTP library that this version of huggingface_hub is written with.
+TransportError = HfHubHTTPError.__bases__[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,6 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{stage}: {url}")
     except (HfHubHTTPError, LocalTokenNotFoundError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+    except TransportError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"error: cannot reach {constants.ENDPOINT}: {reason}", file=sys.stderr)
         return 1
     return 0
 
