@@ -2,13 +2,14 @@
 One process reads the prompt, another one writes the answer; between them, the KV cache crosses a socket, or NCCL
 where there are two GPUs: each process takes one.
 
-    python examples/01_handover_two_processes.py        (after make demo)
+    python examples/01_handover_two_processes.py        (after make demo; STAGES=<folder> for another pair)
 
 Each process loads its own stage only. On two machines, start the same two functions with torchrun, after an
 `init_process_group` of your own; `device` is what its backend takes tensors from.
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.inference import DecodeStage, PrefillStage, init_handover_group, receive_payload, send_payload
+from hf_pdprune.pair_layout import stage_folders
 
 
 STAGES = os.environ.get("STAGES", "outputs/demo")
@@ -25,8 +27,9 @@ PREFILL, DECODE = 0, 1
 
 
 def prefill(device: torch.device) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(f"{STAGES}/prefill", padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(f"{STAGES}/prefill").to(device)
+    folder = stage_folders(STAGES)["prefill"]
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     stage = PrefillStage(model, PruningPlan.from_pretrained(STAGES))
 
     messages = [{"role": "user", "content": PROMPT}]
@@ -38,8 +41,9 @@ def prefill(device: torch.device) -> None:
 
 
 def decode(device: torch.device) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(f"{STAGES}/decode")
-    model = AutoModelForCausalLM.from_pretrained(f"{STAGES}/decode").to(device)
+    folder = stage_folders(STAGES)["decode"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(device)
     stage = DecodeStage(model, PruningPlan.from_pretrained(STAGES))
 
     payload = receive_payload(src=PREFILL, device=device)
@@ -59,4 +63,8 @@ def main(rank: int) -> None:
 
 
 if __name__ == "__main__":
+    try:
+        stage_folders(STAGES)
+    except FileNotFoundError as error:
+        sys.exit(f"no stages in {STAGES}: {error} (STAGES=<folder> names another one)")
     torch.multiprocessing.spawn(main, nprocs=2)

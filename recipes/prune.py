@@ -9,6 +9,7 @@ into `output_dir` and is skipped where that is there already: an interrupted run
 """
 
 import json
+import shlex
 import sys
 import time
 import warnings
@@ -330,11 +331,18 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
 {sample["prompt"]} ...
   dense:  {sample["dense"]!r}
   pruned: {sample["pruned"]!r}""")
-    print(f"""
+    print(next_steps(folder))
+
+
+def next_steps(folder: Path) -> str:
+    """What to do with a finished run, as commands to be copied."""
+    quoted = shlex.quote(str(folder))
+    stages = "" if folder == Path("outputs/demo") else f"STAGES={quoted} "  # the example's own default
+    return f"""
 Next:
-  cat {folder}/report.md
-  python examples/01_handover_two_processes.py      # the pair generates in two processes
-  accelerate launch recipes/benchmark.py --help     # other prompt lengths and batch sizes""")
+  cat {shlex.quote(str(folder / "report.md"))}
+  {stages}python examples/01_handover_two_processes.py      # the pair generates in two processes
+  accelerate launch recipes/benchmark.py --help     # other prompt lengths and batch sizes"""
 
 
 if __name__ == "__main__":

@@ -26,3 +26,12 @@ def test_example_answers_and_counts_bytes(tiny_llama, tiny_tokenizer, tmp_path):
     line = next(line for line in done.stdout.splitlines() if "prompt tokens" in line)
     sent, dense = (int(part.split()[0].replace(",", "")) for part in (line.split(": ")[1], line.split(": ")[2]))
     assert 0 < sent < dense
+
+
+def test_a_folder_without_stages_is_one_line(tmp_path):
+    command = [sys.executable, str(EXAMPLE)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"STAGES": str(tmp_path)}, timeout=200
+    )
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"no stages in {tmp_path}: ")
+    assert "Traceback" not in done.stderr

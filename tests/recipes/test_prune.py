@@ -282,6 +282,13 @@ def test_a_folder_with_a_foreign_plan_is_left_alone(prune, options, tiny_llama, 
     assert path.read_text() == before
 
 
+def test_what_to_do_next_can_be_copied(prune):
+    assert "\n  python examples/01_handover" in prune.next_steps(Path("outputs/demo"))
+    steps = prune.next_steps(Path("outputs/my run"))
+    assert "cat 'outputs/my run/report.md'\n" in steps
+    assert "\n  STAGES='outputs/my run' python examples/01_handover" in steps
+
+
 def test_every_key_of_the_demo_is_known(prune):
     parser = TrlParser((prune.PruneArguments, prune.SearchConfig, prune.PDPruneConfig))
     args, search, training = parser.parse_args_and_config(["--config", str(DEMO)])
