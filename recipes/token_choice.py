@@ -47,6 +47,7 @@ from hf_pdprune.plan import KVPlan
 
 PLACES = ("plan", "model", "output_dir")
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Henry", "Irene", "Jonas", "Karla", "Louis")
+ROOM_FOR_KEY = 40  # tokens that ask for one of the key-value pairs
 
 
 @dataclass
@@ -256,13 +257,20 @@ def retrieval(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase, st
                 needle = ids(f"\n\nThe secret number of {name} is {number}.\n\n")
                 question = ids(f"\n\nWhat is the secret number of {name}? The secret number of {name} is")
                 room = tokens - len(needle) - len(question)
+                if room < 1 or tokens <= ROOM_FOR_KEY:
+                    least = max(len(needle) + len(question), ROOM_FOR_KEY) + 1
+                    raise ValueError(f"retrieval_tokens: {tokens} tokens are too few to hide something, give {least}")
+                if room >= len(stream):
+                    raise ValueError(
+                        f"retrieval_tokens: {args.text} has {len(stream)} tokens, too few for a prompt of {tokens}"
+                    )
                 begin = rng.randrange(len(stream) - room)
                 hay, place = stream[begin : begin + room], int(depth * room)
                 prompt = hay[:place] + needle + hay[place:] + question
                 yield Example(f"needle {tokens} {depth:g}", prompt, [ids(f" {number}.")])
 
                 pairs = []
-                while len(ids("\n".join(pairs))) < tokens - 40:
+                while len(ids("\n".join(pairs))) < tokens - ROOM_FOR_KEY:
                     pairs.append(f"{rng.choice(NAMES)}{rng.randrange(100, 999)} -> {rng.randrange(1000, 9999)}")
                 key, value = pairs[min(int(depth * len(pairs)), len(pairs) - 1)].split(" -> ")
                 listing = "\n".join(pairs)
@@ -277,8 +285,15 @@ def evaluated_texts(args: TokenChoiceArguments, rows: Iterable[dict[str, Any]]) 
 
 
 def question_rows(path: str) -> list[dict[str, Any]]:
-    """Rows of a file of questions; the first are the shots."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    """Rows of a file of questions; the first are the shots. A `ValueError` that names the line which is none."""
+    load_text(path, split="validation")  # names the line that is broken, or whose answer is no choice
+    lines = enumerate(Path(path).expanduser().read_text(encoding="utf-8-sig").split("\n"), 1)
+    rows = {number: json.loads(line) for number, line in lines if line.strip()}
+    for number, row in rows.items():
+        for column in ("question", "choices", "answer"):
+            if column not in row:
+                raise ValueError(f"{path}, line {number}: no {column!r}; a question has question, choices and answer")
+    return list(rows.values())
 
 
 def questions(args: TokenChoiceArguments, tokenizer: PreTrainedTokenizerBase) -> Iterator[Example]:
@@ -318,6 +333,10 @@ def score(example: Example, logits: dict[str, list[torch.Tensor]]) -> dict[str, 
 def main(args: TokenChoiceArguments) -> None:
     plan = PruningPlan.from_pretrained(args.plan)
     rows = load_text(args.text, split="validation")
+    if "text" not in rows.column_names:
+        raise ValueError(f"text: {args.text} has rows of {', '.join(rows.column_names)}, and not of text")
+    for path in args.questions:
+        question_rows(path)
     args.check_overlap(evaluated_texts(args, rows), folders=[args.plan])
     tokenizer = load_tokenizer(args.model)
     model = load_dense_model(args.model, [args.plan], dtype="float32")

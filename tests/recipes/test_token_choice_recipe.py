@@ -58,7 +58,8 @@ def means(recipe, options, capsys):
     def run_recipe(**changes):
         arguments = []
         for name, value in {**options, **changes}.items():
-            arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+            if value != []:
+                arguments += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         recipe.main(*TrlParser(recipe.TokenChoiceArguments).parse_args_and_config(arguments))
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -135,3 +136,31 @@ def test_bad_input(tmp_path, option, value, message):
     done = run("--plan", tmp_path, "--model", tmp_path, "--text", "x", "--output_dir", tmp_path, option, value)
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1] == f"error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("option", "rows", "message"),
+    [
+        ("text", [{"prompt": "Why?", "completion": "So."}], "text: .*rows.jsonl has rows of prompt, completion"),
+        ("questions", [{"text": "no question"}], "rows.jsonl, line 1: no 'question'"),
+        ("questions", [{"question": "Why?", "choices": ["a"], "answer": 1}], "rows.jsonl, line 1: answer must be an"),
+        ("questions", "{broken", "rows.jsonl, line 1: broken JSON"),
+        ("retrieval_tokens", 20, "retrieval_tokens: 20 tokens are too few to hide something, give [0-9]+$"),
+        ("retrieval_tokens", 9000, "retrieval_tokens: .* tokens, too few for a prompt of 9000"),
+    ],
+)
+def test_what_cannot_be_asked_is_named(means, tmp_path, option, rows, message):
+    path = tmp_path / "rows.jsonl"
+    if isinstance(rows, list):
+        write_rows(path, rows)
+    elif isinstance(rows, str):
+        path.write_text(rows)
+    with pytest.raises(ValueError, match=message):
+        means(**{option: rows if isinstance(rows, int) else path})
+
+
+def test_windows_smaller_than_what_chooses(means, tiny_llama, tmp_path):
+    kv = KVPlan((0, 2, 3), 4, 32).with_windows({0: (4, 12), 2: (4, 40), 3: (2, 30)})
+    PruningPlan.empty(tiny_llama, "tiny", kv=kv).save_pretrained(tmp_path / "plan")
+    found = means(plan=tmp_path / "plan", repeats=0, num_questions=0, quantizations=[])["text"]
+    assert found["attention, our blocks"]["kl"] > 0

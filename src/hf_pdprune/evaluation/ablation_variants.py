@@ -66,11 +66,19 @@ class AblationVariants:
         ends = replace(kv, token_choice="first_last")
         drawn = random.Random(seed).sample(blocks, len(kv.token_aware_blocks))
         yield "all tokens", replace(plan, kv=self._no_window())
-        yield "attention, our blocks", replace(plan, kv=replace(kv, token_choice="attention"))
+        yield "attention, our blocks", replace(plan, kv=self._by_attention())
         yield "first + last, our blocks", replace(plan, kv=ends)
         yield "first + last, all blocks", replace(plan, kv=KVPlan(blocks, first_tokens, budget - first_tokens))
         windows = dict(zip(drawn, ends.windows.values(), strict=True))
         yield "first + last, random blocks", replace(plan, kv=ends.with_windows(windows))
+
+    def _by_attention(self) -> KVPlan:
+        """The plan's windows with tokens chosen by attention, by no more queries than the smallest window has room."""
+        kv = self.plan.kv
+        smallest = min((sum(own) for own in kv.windows.values()), default=kv.last_tokens)
+        # What the blocks hand over stays: with windows of their own, last_tokens says how many queries choose alone.
+        fitting = kv if smallest >= kv.last_tokens else replace(kv.with_windows(kv.windows), last_tokens=smallest)
+        return replace(fitting, token_choice="attention")
 
     def with_blocks(self, other: PruningPlan) -> PruningPlan:
         """
