@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
-from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import write_artefact
@@ -40,6 +39,7 @@ from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.process_group import join_processes
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.task_comparison import accuracies_and_others
@@ -379,11 +379,4 @@ def main(args: AblationArguments) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    try:
-        main(*TrlParser((AblationArguments,)).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_recipe(main, AblationArguments, description=__doc__, goes_on=True)

@@ -15,14 +15,12 @@ size), speed and bytes of the first of them into `results.json`, and report and 
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedModel
-from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage
 from hf_pdprune.artefact_file import write_artefact
@@ -30,6 +28,7 @@ from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report,
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model import load_dense_model
 from hf_pdprune.evaluation.model_shape import SHAPES, ModelShape
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.report import BENCHMARK_FILE_NAME
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.results import record_command
@@ -124,8 +123,4 @@ def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*TrlParser((BenchmarkArguments, BenchmarkConfig)).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_recipe(main, BenchmarkArguments, BenchmarkConfig, description=__doc__)

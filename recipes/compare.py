@@ -9,12 +9,10 @@ line on stdout is JSON.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trl import TrlParser
-
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.run_comparison import compare_runs
 
 
@@ -44,8 +42,4 @@ def main(args: CompareArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*TrlParser((CompareArguments,)).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_recipe(main, CompareArguments, description=__doc__)

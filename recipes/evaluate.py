@@ -26,7 +26,6 @@ from typing import Any
 
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
-from trl import TrlParser
 
 from hf_pdprune import DecodeStage, PrefillStage, PruningPlan
 from hf_pdprune.artefact_file import read_json
@@ -39,6 +38,7 @@ from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.pair_source import PairSource
 from hf_pdprune.evaluation.process_group import join_processes
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.result_table import ResultTable
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
@@ -316,11 +316,4 @@ def _short(compared: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    try:
-        main(*TrlParser((EvaluateArguments,)).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_recipe(main, EvaluateArguments, description=__doc__, goes_on=True)

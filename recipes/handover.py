@@ -13,7 +13,6 @@ and the report; the last line on stdout is JSON.
 
 import json
 import socket
-import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,6 @@ from torch import multiprocessing
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
-from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import write_artefact
@@ -37,6 +35,7 @@ from hf_pdprune.evaluation.dense_model import load_dense_model
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.handover_times import HandoverTimes, measured_and_modelled
 from hf_pdprune.evaluation.link_report import HANDOVER_FILE_NAME, gain_table, link_table, verdicts
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.inference import LINKS, DecodeStage, Link, PrefillStage, ThrottledSender, receive_frame
 from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PayloadReader
@@ -121,6 +120,10 @@ def cases_and_dtype(args: HandoverArguments) -> tuple[list[Case], str]:
     stages = [str(path) for path in stage_folders(folder).values()]
     dense = args.dense or plan.base_model
     model = load_dense_model(dense, [folder])
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    tokens = args.prompt_tokens + args.decode_tokens
+    if context is not None and tokens > context:
+        raise ValueError(f"prompt_tokens is too long: with those after them {tokens}, the context is {context}")
     dtype = "float32" if device_of(0).type == "cpu" else str(model.dtype).removeprefix("torch.")
     cases = [
         Case("dense", dense, dense, PruningPlan.empty(model, dense)),
@@ -322,8 +325,4 @@ def main(args: HandoverArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*TrlParser(HandoverArguments).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_recipe(main, HandoverArguments, description=__doc__)

@@ -10,7 +10,6 @@ into `output_dir` and is skipped where that is there already: an interrupted run
 
 import json
 import shlex
-import sys
 import time
 import warnings
 import zlib
@@ -20,9 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import read_json, write_artefact
@@ -52,6 +49,7 @@ from hf_pdprune.evaluation.prune_steps import (
     data_settings,
     needed_files,
 )
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.text_overlap import shown_text
 from hf_pdprune.hub import load_stages, write_model_cards
@@ -348,11 +346,4 @@ Next:
 if __name__ == "__main__":
     # trl and peft still use the old name of activation_checkpointing.
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
-    try:
-        main(*TrlParser((PruneArguments, SearchConfig, PDPruneConfig)).parse_args_and_config())
-    except (ValueError, OSError, SafetensorError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    run_recipe(main, PruneArguments, SearchConfig, PDPruneConfig, description=__doc__, goes_on=True)

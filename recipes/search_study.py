@@ -13,7 +13,6 @@ interrupted study goes on where it stopped, a finished row is not made again wit
 has measured another one does not measure again (its cost is counted as if it did, its minutes are not).
 """
 
-import sys
 import time
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -21,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, source_digest, tokenize_rows
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.search_study_report import (
     PLACE_KEYS,
@@ -88,10 +88,15 @@ class StudyArguments(OverlapConfig):
     merge_text: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Texts that pairs are distilled on, a row of each in turn, not the others': source[:split]."
+            "help": "Texts that pairs are distilled on, a row of each in turn, not the others': source[:split]. "
+            "Default: the calibration texts."
         },
     )
     merge_tokens: int = field(default=32768, metadata={"help": "As for recipes/prune.py."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.merge_text = self.merge_text or [split_name(named)[1] for named in self.calibration]
 
 
 class Text:
@@ -121,8 +126,6 @@ class Study:
         for strategy in args.strategies:
             if strategy not in (*SIMPLE, *STEPWISE):
                 raise ValueError(f"unknown strategy {strategy!r}; known: {', '.join((*SIMPLE, *STEPWISE))}")
-        if "annealing+merges" in args.strategies and not args.merge_text:
-            raise ValueError("annealing+merges needs merge_text, which pairs are distilled on")
         if len(args.validation_examples) not in (1, len(args.validation)):
             raise ValueError(f"validation_examples: {len(args.validation_examples)} for {len(args.validation)} texts")
         for texts in (args.calibration, args.validation):
@@ -325,9 +328,9 @@ def is_of(row: dict[str, Any], names: dict[str, Any]) -> bool:
     return all(key in row and row[key] == value for key, value in names.items())
 
 
+def main(args: StudyArguments) -> None:
+    Study(args).run()
+
+
 if __name__ == "__main__":
-    try:
-        Study(HfArgumentParser(StudyArguments).parse_args_into_dataclasses()[0]).run()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_recipe(main, StudyArguments, description=__doc__, goes_on=True)

@@ -16,7 +16,6 @@ runs with other options can share a folder.
 import hashlib
 import json
 import random
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,6 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
@@ -33,6 +31,7 @@ from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
+from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.evaluation.row_file import RowFile
 from hf_pdprune.evaluation.text_overlap import shown_text
@@ -358,8 +357,4 @@ def main(args: TokenChoiceArguments) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(*TrlParser(TokenChoiceArguments).parse_args_and_config())
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_recipe(main, TokenChoiceArguments, description=__doc__, goes_on=True)

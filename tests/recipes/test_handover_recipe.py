@@ -62,6 +62,15 @@ def test_decode_process_that_fails_is_one_line(tiny_llama, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: the decode process ended")
 
 
+def test_a_prompt_longer_than_the_context_is_one_line(tiny_llama, tmp_path):
+    tiny_llama.save_pretrained(tmp_path / "dense")
+    plan = PruningPlan.empty(tiny_llama, "tiny", decode=StagePlan((2,)))
+    export_stages(tiny_llama, plan, tmp_path / "stages")
+    done = run("--stages", tmp_path / "stages", "--dense", tmp_path / "dense", "--prompt_tokens", 600)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: prompt_tokens is too long: ")
+
+
 def test_bad_input(tmp_path):
     for option, value, message in (
         ("--quantization", "int2", "quantization must be one of fp8, int8, int4"),

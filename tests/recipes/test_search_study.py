@@ -183,7 +183,18 @@ def test_bad_requests_are_named(study, options, change, message):
         study.Study(study.StudyArguments(**options | change)).run()
 
 
+def test_pairs_are_distilled_on_the_calibration_text_where_nothing_else_is_said(study, options):
+    few = {"strategies": ["annealing+merges"], "num_blocks": [1], "seeds": [0], "validation_examples": [4]}
+    del options["merge_text"]
+    args = study.StudyArguments(**options | few)
+    assert args.merge_text == [entry.partition("=")[2] for entry in options["calibration"]]
+    study.Study(args).run()
+    rows = json.loads((Path(options["output_dir"]) / "search_study.json").read_text())
+    assert all(row["distilling_block_tokens"] > 0 for row in rows)
+
+
 def test_the_command_explains_itself():
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run([sys.executable, RECIPE, "--help"], capture_output=True, text=True, env=environment)
     assert done.returncode == 0 and "Texts to search on" in done.stdout
+    assert "Strategies against each other on the same objective" in done.stdout and "--config" in done.stdout
