@@ -15,6 +15,7 @@ size), speed and bytes of the first of them into `results.json`, and report and 
 """
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -104,22 +105,27 @@ def load_all(args: BenchmarkArguments) -> tuple[PreTrainedModel, PrefillStage, D
 def main(args: BenchmarkArguments, config: BenchmarkConfig) -> None:
     if not PartialState().is_main_process:  # a second process beside it would only disturb the measurement
         return
+    folder = Path(args.output_dir or args.stages)
+    if args.output_dir is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder}: results cannot be written there")
     dense, prefill, decode = load_all(args)
     result = SpeedBenchmark(dense, prefill, decode, config).run()
-    folder = Path(args.output_dir or args.stages)
+    environment = result["environment"]
+    print(f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}\n")
+    print(ResultTable.of_speed_cases(result["cases"]).to_text(), "\n")
+    print(ResultTable.of_roofline(result["cases"]).to_text(), "\n")
+    print(ResultTable.of_speed_and_shares(result["speed"]).to_text(), "\n")
+    # Before they are written: what was measured is not lost with a full disk.
+    print(json.dumps({"speed": result["speed"], "kv": result["kv"]}), flush=True)
+
     if not (folder / PLAN_FILE_NAME).is_file():
         prefill.plan.save_pretrained(folder)
     write_artefact(folder / BENCHMARK_FILE_NAME, result)
     write_results(folder, {"speed": result["speed"], "kv": result["kv"], "environment": result["environment"]})
     record_command(folder, "benchmark", command_line("recipes/benchmark.py", args, config, folders=PLACES))
     write_report(folder)
-
-    environment = result["environment"]
-    print(f"{environment['device']}, {environment['threads']} threads, {environment['dtype']}\n")
-    print(ResultTable.of_speed_cases(result["cases"]).to_text(), "\n")
-    print(ResultTable.of_roofline(result["cases"]).to_text(), "\n")
-    print(ResultTable.of_speed_and_shares(result["speed"]).to_text(), "\n")
-    print(json.dumps({"speed": result["speed"], "kv": result["kv"]}))
 
 
 if __name__ == "__main__":

@@ -43,6 +43,30 @@ def test_table_json_line_and_artefacts(stages):
     assert results["quality"] == {"dense": {"kl": 0.0}}
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_the_measurement(stages, tmp_path, monkeypatch, load_recipe):
+    recipe = load_recipe("benchmark")
+    monkeypatch.setattr(recipe, "load_all", lambda args: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("")
+    args = recipe.BenchmarkArguments(stages=str(stages), output_dir=str(tmp_path / "file"))
+    with pytest.raises(FileExistsError):
+        recipe.main(args, BenchmarkConfig())
+
+
+def test_what_was_measured_is_printed_before_it_is_written(tmp_path, monkeypatch, load_recipe, capsys):
+    recipe = load_recipe("benchmark")
+    small = {**SHAPES["llama-3.1-8b"], "hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+    monkeypatch.setitem(SHAPES, "llama-3.1-8b", small)
+
+    def full(*args):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(recipe, "write_artefact", full)
+    args = recipe.BenchmarkArguments(shape="llama-3.1-8b", output_dir=str(tmp_path / "speed"), num_decode_blocks=20)
+    with pytest.raises(OSError, match="no space"):
+        recipe.main(args, BenchmarkConfig(prompt_tokens=[8], decode_tokens=1, repeats=1))
+    assert "kv" in json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
 def test_random_weights_of_a_real_size(tmp_path, monkeypatch, load_recipe):
     """In this process, with a smaller size under a real one's name."""
     recipe = load_recipe("benchmark")
