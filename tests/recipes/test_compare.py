@@ -30,3 +30,14 @@ def test_notes_come_from_a_file(recipe, tmp_path):
     assert "KL ist größer." in output.read_text(encoding="utf-8")
     with pytest.raises(FileNotFoundError):
         recipe.main(recipe.CompareArguments(**options, notes=str(tmp_path / "none.md")))
+
+
+def test_a_run_without_results_or_plan_is_named(recipe, tmp_path):
+    results = {"quality": {"healed": {"kl": 0.5}}, "commands": {"prune": "recipes/prune.py"}}
+    write_results(tmp_path / "b", results)
+    with pytest.raises(FileNotFoundError, match="b: no pruning_plan.json beside the results of its run"):
+        recipe.main(recipe.CompareArguments([str(tmp_path / "b")], str(tmp_path / "comparison.md")))
+    write_results(tmp_path / "a", {})
+    with pytest.raises(ValueError, match="a/results.json holds no results"):
+        recipe.main(recipe.CompareArguments([str(tmp_path / "a")], str(tmp_path / "comparison.md")))
+    assert not (tmp_path / "comparison.md").exists()

@@ -76,11 +76,16 @@ class Run:
         names = (RESULTS_FILE_NAME, ABLATION_FILE_NAME, TOKEN_CHOICE_FILE_NAME, SEARCH_STUDY_FILE_NAME)
         if not any((folder / file).is_file() for file in names):
             raise FileNotFoundError(f"{folder}: none of {', '.join(names)}")
+        results = read_results(folder) if has[RESULTS_FILE_NAME] else {}
+        if not results and not any((folder / file).is_file() for file in names[1:]):
+            raise ValueError(f"{folder / RESULTS_FILE_NAME} holds no results")
+        if "prune" in results.get("commands", {}) and not has[PLAN_FILE_NAME]:
+            raise FileNotFoundError(f"{folder}: no {PLAN_FILE_NAME} beside the results of its run")
         searches = folder / SEARCH_STUDY_FILE_NAME
         return cls(
             name or folder.name,
             PruningPlan.from_pretrained(folder) if has[PLAN_FILE_NAME] else None,
-            read_results(folder) if has[RESULTS_FILE_NAME] else {},
+            results,
             read_json(folder / BENCHMARK_FILE_NAME)["cases"] if has[BENCHMARK_FILE_NAME] else [],
             list(RowFile(folder / ABLATION_FILE_NAME)),
             read_handover(folder / HANDOVER_FILE_NAME),
