@@ -46,6 +46,8 @@ from hf_pdprune.evaluation.prune_steps import (
     FILES_OF_STEP,
     TRAINING_SETTINGS,
     check_context,
+    check_training_text,
+    context_of,
     data_settings,
     needed_files,
 )
@@ -182,11 +184,15 @@ def train(
         for name in trainer.stage_adapters.layout:
             merged_pairs.start_adapter(trainer.model, name, plan.stage(name).merged_blocks)
     begun = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    checkpoint = last_complete_checkpoint(checkpoints)
+    result = trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.perf_counter() - begun
     trainer.save_model(str(folder))
     losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    return {"steps": result.global_step, "seconds": round(seconds, 1), "losses": losses}
+    distilled = {"steps": result.global_step, "seconds": round(seconds, 1), "losses": losses}
+    if checkpoint is not None:  # the seconds are those from there on
+        distilled["resumed_at_step"] = int(checkpoint.rpartition("-")[2])
+    return distilled
 
 
 def continue_prompt(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, new_tokens: int) -> str:
@@ -220,24 +226,27 @@ def search(
     """block_statistics.json and pruning_plan.json."""
     name = args.base_model or args.model_name_or_path
 
-    def calibration(prompt_tokens: int, max_examples: int) -> Calibration:
+    def calibration(prefix: str) -> Calibration:
+        examples = f"{prefix}calibration_examples"
         rows = load_text(args.calibration_dataset, args.calibration_split, subset=args.calibration_subset)
         try:
             return Calibration.from_rows(
                 model,
                 tokenizer,
                 rows,
-                prompt_tokens,
+                getattr(args, f"{prefix}calibration_prompt_tokens"),
                 args.calibration_completion_tokens,
-                max_examples,
+                getattr(args, examples),
                 batch_size=args.batch_size,
                 name=public_name(args.calibration_dataset),
                 first_token=first_token,
             )
         except ValueError as error:
-            raise ValueError(f"calibration_dataset {args.calibration_dataset!r}: {error}") from error
+            raise ValueError(
+                f"calibration_dataset {args.calibration_dataset!r}, {examples}={getattr(args, examples)}: {error}"
+            ) from error
 
-    short = calibration(args.calibration_prompt_tokens, args.calibration_examples)
+    short = calibration("")
     statistics = BlockStatistics.measure(model, short.batches, base_model=name)
     if PartialState().is_main_process:
         statistics.save_pretrained(folder)
@@ -250,7 +259,7 @@ def search(
         return plan
     long = None
     if config.num_token_aware_blocks or config.target_kv_reduction:
-        long = calibration(args.kv_calibration_prompt_tokens, args.kv_calibration_examples)
+        long = calibration("kv_")
     merge_text = None
     if config.merge_pairs:
         merge_text = tokenize_rows(
@@ -268,7 +277,9 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     model, tokenizer = load_model(args)
     check_context(args, benchmark, model)
     config.check_model(num_blocks(model.config))
-    # Unknown data and empty text fail before the long work, not after it.
+    # Unknown data, empty text and text that cannot be trained on fail before the long work, not after it.
+    train_rows = load_text(args.train_dataset, args.train_split, subset=args.train_subset)
+    check_training_text(train_rows, tokenizer, training_args, context_of(model))
     held_out = batches(args, tokenizer, first_token)
     overlap = check_overlap(args)
 

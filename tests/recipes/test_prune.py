@@ -162,7 +162,8 @@ def test_an_interrupted_training_goes_on(prune, options, tmp_path, monkeypatch):
     (checkpoints,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert prune.last_complete_checkpoint(checkpoints).endswith("checkpoint-2")
     run(prune, options)
-    assert json.loads((tmp_path / "run" / "distillation.json").read_text())["steps"] == 2
+    distilled = json.loads((tmp_path / "run" / "distillation.json").read_text())
+    assert distilled["steps"] == distilled["resumed_at_step"] == 2
 
 
 def _first(save_model, interrupted):
@@ -234,6 +235,27 @@ def test_empty_text_is_an_error_that_names_the_file(prune, options, tmp_path):
     with pytest.raises(ValueError, match="empty.jsonl"):
         run(prune, options, calibration_dataset=str(tmp_path / "empty.jsonl"))
     assert not (tmp_path / "run" / "pruning_plan.json").exists()
+
+
+def test_text_that_cannot_be_trained_on_is_found_before_the_search(prune, options, tmp_path):
+    changes = {"train_dataset": str(tmp_path / "train.jsonl"), "packing": False, "max_length": 8}
+    write_rows(
+        tmp_path / "train.jsonl", [{"prompt": f"A long prompt, number {i}.", "completion": " So."} for i in "ab"]
+    )
+    with pytest.raises(
+        ValueError, match="train_dataset has no row with a completion token: every prompt fills max_len"
+    ):
+        run(prune, options, **changes)
+    chat = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    write_rows(tmp_path / "train.jsonl", [{"messages": chat}] * 3)
+    with pytest.raises(ValueError, match="chat template is not training-compatible"):
+        run(prune, options, **changes, assistant_only_loss=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_option_with_too_few_examples_is_named(prune, options):
+    with pytest.raises(ValueError, match="kv_calibration_examples=2: the calibration set has .* at least 64"):
+        run(prune, options, kv_calibration_examples=2)
 
 
 def test_more_out_of_prefill_and_windows_of_blocks(prune, options, tmp_path):

@@ -1,9 +1,11 @@
 """The steps of the main job, recipes/prune.py: what each one leaves, needs and depends on."""
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..data import source_digest
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED
@@ -11,6 +13,7 @@ from ..plan import PLAN_FILE_NAME
 from ..search.merged_pairs import MERGED_PAIRS_FILE_NAME
 from ..search.pareto_front import FRONT_FILE_NAMES
 from ..search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
+from ..trainer import PDPruneConfig
 from .benchmark_config import BenchmarkConfig
 from .results import RESULTS_FILE_NAME
 
@@ -70,6 +73,11 @@ def data_settings(args: Any, part: str) -> dict[str, Any]:
     return own if digest is None else own | {f"{part}_dataset_digest": digest}
 
 
+def context_of(model: PreTrainedModel) -> int | None:
+    """Most tokens that a model can read, where its config says so."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def check_context(args: Any, benchmark: BenchmarkConfig, model: PreTrainedModel) -> None:
     """
     Raises a `ValueError` that names the option whose prompts the model cannot read, before any long work.
@@ -79,7 +87,7 @@ def check_context(args: Any, benchmark: BenchmarkConfig, model: PreTrainedModel)
         benchmark ([`BenchmarkConfig`]): What will be timed.
         model ([`~transformers.PreTrainedModel`]): The dense model.
     """
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_of(model)
     lengths = {
         "calibration_prompt_tokens": args.calibration_prompt_tokens + args.calibration_completion_tokens,
         "kv_calibration_prompt_tokens": args.kv_calibration_prompt_tokens + args.calibration_completion_tokens,
@@ -92,3 +100,31 @@ def check_context(args: Any, benchmark: BenchmarkConfig, model: PreTrainedModel)
                 f"{name} is too long: {getattr(args, name)} tokens and those after it are {length}, the model's "
                 f"context is {context}"
             )
+
+
+def check_training_text(
+    rows: Iterable[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, options: PDPruneConfig, context: int | None
+) -> None:
+    """
+    Raises the `ValueError` that the training would end with after the search: where no row has a completion token
+    within `max_length`, or the chat template does not fit. No more rows are read than needed.
+
+    Args:
+        rows (`Iterable[dict]`): What [`load_text`] gives.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The model's tokenizer.
+        options ([`PDPruneConfig`]): The training's options.
+        context (`int`, *optional*): Most tokens that the model can read.
+    """
+    first = next(iter(rows))
+    if "messages" in first:
+        tokenizer.apply_chat_template(first["messages"], tokenize=False)
+        if options.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+            get_training_chat_template(tokenizer)
+    limits = [limit for limit in (options.max_length, context) if limit is not None]
+    if "prompt" not in first or options.packing or options.truncation_mode != "keep_start" or not limits:
+        return
+    if all(len(tokenizer(row["prompt"])["input_ids"]) >= min(limits) for row in rows):
+        raise ValueError(
+            f"train_dataset has no row with a completion token: every prompt fills max_length={min(limits)} "
+            "(truncation_mode='keep_end' cuts the prompt instead)"
+        )
