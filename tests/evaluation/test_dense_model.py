@@ -6,7 +6,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_pdprune.evaluation.dense_model import check_dense_model, load_dense_model, load_tokenizer
 from hf_pdprune.hub import export_stages
+from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.plan import PruningPlan, StagePlan
+from hf_pdprune.trainer.learned_stages import export_learned_stages
 
 
 def plan_of(model):
@@ -33,6 +35,15 @@ def test_another_dense_model_is_told_from_the_pairs_own(tiny_llama, tiny_model, 
         for other in (tiny_model("llama", seed=1), finetuned):
             with pytest.raises(ValueError, match="^some-8B is not the dense model of .*: its weights differ"):
                 check_dense_model(other, "some-8B", folder / pair)
+
+
+def test_a_stage_that_learned_as_a_whole_is_not_taken_for_the_dense_model(tiny_llama, tiny_model, folder):
+    learned, plan = tiny_model("llama", seed=1), plan_of(tiny_llama)
+    stages = PrefillStage(tiny_llama.requires_grad_(False), plan), DecodeStage(learned, plan)
+    export_learned_stages(stages, plan, folder / "finetuned")
+    check_dense_model(tiny_llama, "dense", folder / "finetuned")
+    with pytest.raises(ValueError, match="its weights differ"):
+        check_dense_model(learned, "learned", folder / "finetuned")
 
 
 def test_what_does_not_say_from_which_model_it_was_made_is_accepted(tiny_llama, tiny_model, folder):
