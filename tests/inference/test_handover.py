@@ -57,7 +57,8 @@ def test_two_processes_equal_one(tiny_llama, tiny_tokenizer, tmp_path):
 
 
 def test_decode_may_generate_the_first_token(tiny_llama, tiny_tokenizer, tmp_path):
-    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((1, 3)), kv=KVPlan((2,), 2, 6))
+    stages = {"prefill": StagePlan((1, 3)), "decode": StagePlan((1, 3))}
+    plan = PruningPlan.empty(tiny_llama, "tiny", **stages, kv=KVPlan((2,), 2, 6))
     export_stages(tiny_llama, plan, tmp_path, tokenizer=tiny_tokenizer)
     result = handover_between_processes(tmp_path, PROMPTS, 6, num_threads=1, first_token="decode")
     inputs = tiny_tokenizer(PROMPTS, return_tensors="pt", padding=True)

@@ -28,6 +28,9 @@ class ForwardHooks:
     makes to what each block holds; where tokens are chosen by attention, they observe the queries at the prompt's end
     and have the layer drop the others.
 
+    torch registers and removes a hook in two steps, between which another thread's forward calls it without the
+    keyword arguments: hooks that take them do nothing then.
+
     Args:
         cache ([`TokenAwareCache`]): The cache; the hooks go when it goes.
         model ([`~transformers.PreTrainedModel`]): The model that runs with it.
@@ -37,6 +40,7 @@ class ForwardHooks:
         self.cache = weakref.ref(cache)
         self.model = model
         self._thread: int | None = None  # the one that runs a forward with this cache
+        self._last_thread = threading.get_ident()  # the last one that did, or made it
         self.first_query, self.queries = 0, 0  # its first token's position, and how many tokens it reads
         self.padding_mask: torch.Tensor | None = None  # (rows, seen tokens + new ones), 0 for padding
         # Its mask, and what became of it in layers that keep the same.
@@ -69,12 +73,14 @@ class ForwardHooks:
         arguments = CallArguments(decoder)
         longest = longest_with_cache(self.model)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+            if kwargs is None:
+                return None
             cache, given = self.cache(), arguments.get("past_key_values", args, kwargs)
             if cache is None or given is not cache:
                 # What looks like the forward of a `generate` that has forgotten the open cache.
-                tokens = arguments.get("input_ids", args, kwargs)
-                if longest is not None and given is None and arguments.get("use_cache", args, kwargs):
+                tokens, is_own = arguments.get("input_ids", args, kwargs), self._last_thread == threading.get_ident()
+                if longest and is_own and given is None and arguments.get("use_cache", args, kwargs):
                     check_keeps_cache(longest, 0 if tokens is None else tokens.shape[1])
                 return None
             if arguments.get("use_cache", args, kwargs) is False:
@@ -90,7 +96,7 @@ class ForwardHooks:
             self.first_query, self.queries = cache.get_seq_length(), new_tokens
             self.padding_mask = arguments.get("attention_mask", args, kwargs)
             cache.begin_forward(rows, new_tokens, self.padding_mask)
-            self._thread = threading.get_ident()
+            self._thread = self._last_thread = threading.get_ident()
             return args, kwargs
 
         return hook
@@ -102,8 +108,8 @@ class ForwardHooks:
     def _fit_mask(self, block: nn.Module, layer: "TokenAwareLayer") -> Callable:
         arguments = CallArguments(block)
 
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-            if not self.is_active or layer.window is None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple[tuple, dict] | None:
+            if kwargs is None or not self.is_active or layer.window is None:
                 return None
             mask = arguments.get("attention_mask", args, kwargs)
             if mask is None and layer.is_shortened:  # nothing is padded and one query sees all that is held
@@ -128,11 +134,13 @@ class ForwardHooks:
         return layer.window.hide_dropped(mask, self.first_query, self.queries)
 
     def _observe(self, replay: AttentionReplay, layer: "TokenAwareLayer") -> Callable:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple) -> tuple | None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: tuple | None = None) -> tuple | None:
+            if output is None or not self.is_active:
+                return None
             cache = self.cache()
             prompt_tokens, padding_mask = cache.prompt_tokens, self.padding_mask
             # So short a prompt loses at most padding, and that the window says.
-            if not self.is_active or layer.is_shortened or prompt_tokens <= layer.first_tokens + layer.last_tokens:
+            if layer.is_shortened or prompt_tokens <= layer.first_tokens + layer.last_tokens:
                 return None
             attention = observed_attention(
                 replay,
