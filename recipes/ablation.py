@@ -35,7 +35,7 @@ from hf_pdprune.evaluation.ablation_report import PLAN, SECTIONS, ablation_table
 from hf_pdprune.evaluation.ablation_variants import SPLITS, AblationVariants
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.draft_acceptance import draft_acceptance
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.process_group import join_processes

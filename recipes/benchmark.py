@@ -27,7 +27,7 @@ from hf_pdprune import DecodeStage, PrefillStage
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import BenchmarkConfig, SpeedBenchmark, write_report, write_results
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model
 from hf_pdprune.evaluation.model_shape import SHAPES, ModelShape
 from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.report import BENCHMARK_FILE_NAME

@@ -33,7 +33,7 @@ from hf_pdprune.data import PromptCompletionCollator, load_text, source_digest, 
 from hf_pdprune.evaluation import compare_hand_overs, handing_over_all_tokens, write_report, write_results
 from hf_pdprune.evaluation.benchmark import kv_bytes_of_prompt
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import check_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import check_dense_model, load_tokenizer
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.pair_source import PairSource

@@ -31,7 +31,7 @@ from hf_pdprune import PruningPlan
 from hf_pdprune.artefact_file import write_artefact
 from hf_pdprune.evaluation import write_report
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model
 from hf_pdprune.evaluation.environment import describe_environment
 from hf_pdprune.evaluation.handover_times import HandoverTimes, measured_and_modelled
 from hf_pdprune.evaluation.link_report import HANDOVER_FILE_NAME, gain_table, link_table, verdicts

@@ -40,7 +40,7 @@ from hf_pdprune.evaluation import (
     write_results,
 )
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.prune_steps import (
     FILES_OF_STEP,

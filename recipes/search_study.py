@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from hf_pdprune.artefact_file import read_json, write_artefact
 from hf_pdprune.data import load_text, pack_tokens, source_digest, tokenize_rows
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command

@@ -29,7 +29,7 @@ from hf_pdprune import PruningPlan
 from hf_pdprune.data import load_text
 from hf_pdprune.evaluation.ablation_variants import AblationVariants
 from hf_pdprune.evaluation.command_line import command_line
-from hf_pdprune.evaluation.dense_model import load_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model, load_tokenizer
 from hf_pdprune.evaluation.overlap_config import OverlapConfig
 from hf_pdprune.evaluation.recipe_main import run_recipe
 from hf_pdprune.evaluation.results import record_command

@@ -12,7 +12,7 @@ from trl import TrlParser
 
 from hf_pdprune import PruningPlan
 from hf_pdprune.evaluation import read_results
-from hf_pdprune.evaluation.dense_model import check_dense_model, load_dense_model
+from hf_pdprune.evaluation.dense_model_of_pair import check_dense_model, load_dense_model
 from hf_pdprune.hub import load_stages
 
 

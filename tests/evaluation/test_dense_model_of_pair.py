@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_pdprune.evaluation.dense_model import check_dense_model, load_dense_model, load_tokenizer
+from hf_pdprune.evaluation.dense_model_of_pair import check_dense_model, load_dense_model, load_tokenizer
 from hf_pdprune.hub import export_stages
 from hf_pdprune.inference import DecodeStage, PrefillStage
 from hf_pdprune.plan import PruningPlan, StagePlan
