@@ -48,6 +48,7 @@ from hf_pdprune.integrations.lm_eval import PDPruneLM
 from hf_pdprune.integrations.task_evaluation import TaskEvaluation
 from hf_pdprune.kv import QUANTIZATIONS
 from hf_pdprune.pair_layout import STAGES, check_first_token, stage_folders
+from hf_pdprune.shortened_config import context_length
 
 
 # evaluate.py of this folder has the name of a library that lm-eval needs.
@@ -215,7 +216,7 @@ def quality(args: EvaluateArguments, models: Models) -> dict[str, Any]:
     pairs |= {f"pruned, {kind}": (prefill.quantized(kind), decode) for kind in args.quantizations}
     by_plan, all_tokens = compare_hand_overs(dense, pairs, batches)
     sent, sent_all = {}, {}
-    context = getattr(dense.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(dense.config)
     tokens = args.kv_prompt_tokens if context is None else min(args.kv_prompt_tokens, context - 1)
     for name, (stage, _) in pairs.items():
         for kept, own in ((sent, stage), (sent_all, handing_over_all_tokens(stage))):

@@ -40,6 +40,7 @@ from hf_pdprune.evaluation.results import record_command
 from hf_pdprune.inference import LINKS, DecodeStage, Link, PrefillStage, ThrottledSender, receive_frame
 from hf_pdprune.kv import QUANTIZATIONS, KVPayload, PayloadReader
 from hf_pdprune.pair_layout import stage_folders
+from hf_pdprune.shortened_config import context_length
 
 
 PLACES = ("stages", "dense")
@@ -120,7 +121,7 @@ def cases_and_dtype(args: HandoverArguments) -> tuple[list[Case], str]:
     stages = [str(path) for path in stage_folders(folder).values()]
     dense = args.dense or plan.base_model
     model = load_dense_model(dense, [folder])
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model.config)
     tokens = args.prompt_tokens + args.decode_tokens
     if context is not None and tokens > context:
         raise ValueError(f"prompt_tokens is too long: with those after them {tokens}, the context is {context}")

@@ -47,7 +47,6 @@ from hf_pdprune.evaluation.prune_steps import (
     TRAINING_SETTINGS,
     check_context,
     check_training_text,
-    context_of,
     data_settings,
     needed_files,
 )
@@ -61,6 +60,7 @@ from hf_pdprune.plan import PLAN_FILE_NAME
 from hf_pdprune.run_folder import RunFolder
 from hf_pdprune.search import BlockStatistics, Calibration, MergedPairs, SearchConfig, search_plan
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
+from hf_pdprune.shortened_config import context_length
 from hf_pdprune.trainer import PDPruneConfig, PDPruneTrainer, last_complete_checkpoint
 
 
@@ -279,7 +279,7 @@ def main(args: PruneArguments, config: SearchConfig, training_args: PDPruneConfi
     config.check_model(num_blocks(model.config))
     # Unknown data, empty text and text that cannot be trained on fail before the long work, not after it.
     train_rows = load_text(args.train_dataset, args.train_split, subset=args.train_subset)
-    check_training_text(train_rows, tokenizer, training_args, context_of(model))
+    check_training_text(train_rows, tokenizer, training_args, context_length(model.config))
     held_out = batches(args, tokenizer, first_token)
     overlap = check_overlap(args)
 

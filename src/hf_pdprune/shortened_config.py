@@ -42,6 +42,11 @@ def num_blocks(config: PreTrainedConfig) -> int:
     return getattr(text_config, _num_blocks_entry(text_config))
 
 
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most tokens that a model of this config can read; `None` where it does not say so."""
+    return getattr(text_config_of(config), "max_position_embeddings", None)
+
+
 def _num_blocks_entry(text_config: PreTrainedConfig) -> str:
     return next((name for name in _NUM_BLOCKS_ENTRIES if name in vars(text_config)), "num_hidden_layers")
 

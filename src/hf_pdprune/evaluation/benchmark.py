@@ -16,6 +16,7 @@ from transformers import Cache, CompileConfig, DynamicCache, StaticCache
 from ..adapters import adapter_layers
 from ..inference import DecodeStage, PrefillStage
 from ..kv import KVPayload, StaticDecodeCache, TokenAwareCache
+from ..shortened_config import context_length
 from .benchmark_config import BenchmarkConfig
 from .environment import describe_environment
 from .parameter_share import parameter_shares
@@ -64,10 +65,9 @@ class SpeedBenchmark:
         self.decode = decode
         self.config = config or BenchmarkConfig()
         self.device = dense_model.get_input_embeddings().weight.device
-        text_config = dense_model.config.get_text_config(decoder=True)
-        self.vocab_size = text_config.vocab_size
+        self.vocab_size = dense_model.config.get_text_config(decoder=True).vocab_size
         longest = max(self.config.prompt_tokens) + self._decode_steps + 1
-        context = getattr(text_config, "max_position_embeddings", None)
+        context = context_length(dense_model.config)
         if context is not None and longest > context:
             raise ValueError(
                 f"prompt_tokens: {max(self.config.prompt_tokens)} and {self._decode_steps + 1} generated tokens are "

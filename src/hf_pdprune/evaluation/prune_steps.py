@@ -13,6 +13,7 @@ from ..plan import PLAN_FILE_NAME
 from ..search.merged_pairs import MERGED_PAIRS_FILE_NAME
 from ..search.pareto_front import FRONT_FILE_NAMES
 from ..search.search_plan import JOURNAL_FILE_NAME, KV_JOURNAL_FILE_NAME
+from ..shortened_config import context_length
 from ..trainer import PDPruneConfig
 from .benchmark_config import BenchmarkConfig
 from .results import RESULTS_FILE_NAME
@@ -73,11 +74,6 @@ def data_settings(args: Any, part: str) -> dict[str, Any]:
     return own if digest is None else own | {f"{part}_dataset_digest": digest}
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """Most tokens that a model can read, where its config says so."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-
-
 def check_context(args: Any, benchmark: BenchmarkConfig, model: PreTrainedModel) -> None:
     """
     Raises a `ValueError` that names the option whose prompts the model cannot read, before any long work.
@@ -87,7 +83,7 @@ def check_context(args: Any, benchmark: BenchmarkConfig, model: PreTrainedModel)
         benchmark ([`BenchmarkConfig`]): What will be timed.
         model ([`~transformers.PreTrainedModel`]): The dense model.
     """
-    context = context_of(model)
+    context = context_length(model.config)
     lengths = {
         "calibration_prompt_tokens": args.calibration_prompt_tokens + args.calibration_completion_tokens,
         "kv_calibration_prompt_tokens": args.kv_calibration_prompt_tokens + args.calibration_completion_tokens,

@@ -1,11 +1,13 @@
 """DecodeStage: KVPayload -> generated tokens."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import Cache, GenerationConfig
 
 from ..kv import KVPayload, PayloadError, StaticDecodeCache, TokenAwareCache
+from ..shortened_config import context_length
 from .continued_generation import continued_settings, ends_with_first_token
 from .stage import Stage, position_ids
 
@@ -61,9 +63,7 @@ class DecodeStage(Stage):
         if payload.first_token is None:
             return self._generate_all(payload, generate_kwargs)
 
-        def setting(name: str) -> Any:
-            return self.generation_setting(generate_kwargs, name)
-
+        setting = partial(self.generation_setting, generate_kwargs)
         sequences = torch.cat([payload.prompt_ids, payload.first_token], dim=1)
         mask = torch.cat([payload.prompt_mask, torch.ones_like(payload.first_token)], dim=1)
         returned = setting("num_return_sequences") or 1
@@ -136,7 +136,7 @@ class DecodeStage(Stage):
         max_length = self.generation_setting(generate_kwargs, "max_length")
         if max_new_tokens is None and max_length is None:
             default = GenerationConfig._get_default_generation_params()["max_length"]
-            context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+            context = context_length(self.model.config)
             max_new_tokens = default if context is None else min(default, context - prompt_tokens)
         elif max_new_tokens is None:
             max_new_tokens = max_length - prompt_tokens

@@ -12,6 +12,7 @@ from ..blocks import get_blocks
 from ..kv import QUANTIZATIONS, KVPayload, PayloadWriter, TokenAwareCache
 from ..pair_layout import check_first_token
 from ..plan import PruningPlan
+from ..shortened_config import context_length
 from .stage import Stage, position_ids
 
 
@@ -196,7 +197,7 @@ class PrefillStage(Stage):
         )
 
     def _check_length(self, prompt_tokens: int) -> None:
-        context = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        context = context_length(self.model.config)
         if context is not None and prompt_tokens >= context:
             raise ValueError(f"the prompt has {prompt_tokens} tokens, the model's context is {context}")
 

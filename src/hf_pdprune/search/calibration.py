@@ -20,6 +20,7 @@ from ..data import PromptCompletionCollator, tokenize_examples
 from ..evaluating import evaluating
 from ..fingerprint import model_fingerprint
 from ..inference import dense_forward
+from ..shortened_config import context_length
 from ..spread_weights import gathering, input_device, is_partitioned, whole_embeddings
 
 
@@ -293,7 +294,7 @@ def _group(lengths: Sequence[tuple[int, int]], batch_size: int) -> list[list[int
 def _check_examples(examples: Sequence[dict[str, Any]], model: nn.Module) -> None:
     if not examples:
         raise ValueError("the calibration set has no example")
-    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    context = context_length(model.config)
     longest = max(len(example["input_ids"]) for example in examples)
     if context is not None and longest > context:
         raise ValueError(f"a calibration example has {longest} tokens, the model's context is {context}")

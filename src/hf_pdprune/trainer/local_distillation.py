@@ -10,6 +10,7 @@ from ..artefact_file import read_json, write_artefact
 from ..blocks import get_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
+from ..shortened_config import context_length
 from .residual_fit import ResidualFit
 from .stage_adapters import StageAdapters
 
@@ -47,7 +48,7 @@ class LocalDistillation:
         if not self.skipped_blocks:
             return
         # Rows of a packed data set are shorter than what positions the stages meet: they are joined.
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(model.config)
         device = model.get_input_embeddings().weight.device
         tokens = pack_tokens((row["input_ids"] for row in rows), num_tokens, context, device)
         fit = ResidualFit(model, tokens)

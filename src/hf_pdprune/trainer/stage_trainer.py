@@ -18,6 +18,7 @@ from trl import SFTTrainer
 from ..data import PromptCompletionCollator
 from ..data.prompt_completion import IGNORED_LABEL
 from ..inference import DecodeStage, PrefillStage
+from ..shortened_config import context_length
 from .dense_config import kept_config
 from .distillation_step import DistillationStep, call_inside
 from .pdprune_config import PDPruneConfig
@@ -44,7 +45,7 @@ class StageTrainer(SFTTrainer):
             raise ValueError("compute_loss_func is not supported: the loss is that of the options, see PDPruneConfig")
         if kwargs.pop("data_collator", None) is not None:
             raise ValueError("data_collator is not supported: rows are cut by PromptCompletionCollator")
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        context = context_length(model.config)
         if context is not None:  # rows are cut to max_length, which no model can exceed
             args.max_length = min(args.max_length or context, context)
         with kept_config(model):  # without a data_collator, SFTTrainer sees to the padding token
