@@ -8,12 +8,6 @@ from hf_pdprune.plan import PruningPlan
 
 
 @pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-@pytest.fixture
 def compare(model):
     """`compare(**settings)` asserts that a hand-over gives what `model.generate` does, and returns the new tokens."""
     plan = PruningPlan.empty(model)

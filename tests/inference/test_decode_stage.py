@@ -16,12 +16,6 @@ KV = KVPlan((0, 1, 3, 5), 2, 4, block_windows=((3, 1, 7),))
 
 
 @pytest.fixture
-def model(tiny_llama):
-    tiny_llama.generation_config.eos_token_id = None
-    return tiny_llama
-
-
-@pytest.fixture
 def plan(model):
     return PruningPlan.empty(model, kv=KV)
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from hf_pdprune.hub import load_stages
@@ -104,40 +104,6 @@ def test_gradient_accumulation_of_eight_ones_is_one_eight(tiny_model, make_train
     assert one_loss == pytest.approx(eight_loss, rel=1e-4)
     for name in one:
         torch.testing.assert_close(one[name], eight[name], atol=1e-6, rtol=1e-4)
-
-
-def test_rounds_are_logged(tiny_llama, make_trainer):
-    trainer = make_trainer(tiny_llama, removal_rounds=2, removal_fraction=1.0)
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert [entry["decode_blocks"] for entry in entries] == [5, 5, 4, 4]
-    assert [entry["prefill_blocks"] for entry in entries] == [5, 5, 5, 5]
-
-
-def test_a_second_training_begins_without_the_blocks_that_the_first_has_removed(tiny_llama, make_trainer):
-    options = {"removal_rounds": 2, "removal_fraction": 1.0, "removal_fade_steps": 2, "local_distillation_tokens": 0}
-    trainer = make_trainer(tiny_llama, max_steps=6, **options)
-    trainer.train()
-    trainer.train()
-    blocks = [entry["decode_blocks"] for entry in trainer.state.log_history if "loss" in entry]
-    assert blocks == [4] * 6
-
-
-def test_where_memory_runs_out_all_rounds_begin_again(tiny_llama, make_trainer, monkeypatch):
-    options = {"removal_rounds": 2, "removal_fraction": 1.0, "local_distillation_tokens": 0}
-    trainer = make_trainer(tiny_llama, auto_find_batch_size=True, per_device_train_batch_size=8, **options)
-    compute_loss, calls = trainer.compute_loss, []
-
-    def runs_out(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:  # in the second round
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
-        return compute_loss(*args, **kwargs)
-
-    monkeypatch.setattr(trainer, "compute_loss", runs_out)
-    trainer.train()
-    blocks = [entry["decode_blocks"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(calls) == 8 and blocks == [5, 5, 4, 4]
 
 
 def test_options_of_the_loss_are_read(tiny_model, make_trainer):
@@ -335,22 +301,6 @@ def test_what_saves_memory_changes_no_step(tiny_model, make_trainer, losses, opt
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
 
 
-def test_rounds_choose_with_what_is_healed(tiny_llama, make_trainer):
-    options = {"removal_rounds": 2, "search_in_rounds": True, "round_search_examples": 6, "max_steps": 6}
-    trainer = make_trainer(tiny_llama, **options)
-    trainer.train()
-    first, last = trainer.removal.plans
-    assert len(last.decode.removed_blocks) == 2 and set(first.decode.removed_blocks) < set(last.decode.removed_blocks)
-    assert trainer.plan == last
-
-
-def test_too_few_completion_tokens_for_rounds_are_found_before_the_first_step(tiny_llama, make_trainer):
-    trainer = make_trainer(tiny_llama, removal_rounds=2, search_in_rounds=True, round_search_examples=1, max_steps=6)
-    with pytest.raises(ValueError, match="round_search_examples=1 is too small"):
-        trainer.train()
-    assert trainer.state.global_step == 0
-
-
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"rank_pattern": {"down_proj": 6}}, {"use_dora": True}])
 def test_adapters_of_ones_own_learn_and_are_exported(tiny_llama, make_trainer, rows, tmp_path, options):
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **options)
@@ -373,51 +323,6 @@ def test_adapter_without_a_block_of_the_stage_is_an_error(tiny_llama, make_train
 
 
 # What people watch
-
-
-def test_metrics_early_stopping_and_best_model(tiny_llama, make_trainer, rows):
-    seen = []
-
-    def compute_metrics(prediction):
-        (logits, dense), labels = prediction
-        mask = labels != -100
-        seen.append(logits.shape)
-        assert logits.shape == dense.shape and logits.shape[:2] == labels.shape
-        return {"agreement": float((logits.argmax(-1) == dense.argmax(-1))[mask].mean())}
-
-    trainer = make_trainer(
-        tiny_llama,
-        eval_dataset=rows.select(range(4)),
-        compute_metrics=compute_metrics,
-        callbacks=[EarlyStoppingCallback(1, early_stopping_threshold=1e-3)],
-        max_steps=8,
-        eval_strategy="steps",
-        eval_steps=2,
-        save_strategy="steps",
-        save_steps=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_kl",
-        greater_is_better=False,
-        learning_rate=0.0,
-        removal_rounds=2,
-        include_for_metrics=["teacher"],
-    )
-    trainer.train()
-    entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]
-    assert seen and all({"eval_agreement", "eval_prefill_kl", "eval_perplexity"} <= set(entry) for entry in entries)
-    assert entries[-1]["eval_agreement"] == pytest.approx(entries[-1]["eval_top1_agreement"])
-    # The evaluation before the last round (fewer blocks missing, so better) is not the best one.
-    assert trainer.state.best_global_step == 4 and trainer.state.global_step == 6
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
-
-
-def test_the_model_of_the_lowest_kl_is_loaded_at_the_end(tiny_llama, make_trainer):
-    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl"}
-    trainer = make_trainer(tiny_llama, local_distillation_tokens=0, **often, **best)
-    trainer.train()
-    lowest = min(entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry)
-    assert trainer.evaluate()["eval_kl"] == pytest.approx(lowest, rel=1e-5) == trainer.state.best_metric
 
 
 @pytest.mark.parametrize("trained", [False, True])

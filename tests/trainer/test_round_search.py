@@ -42,3 +42,19 @@ def test_a_round_takes_as_many_blocks_as_the_target_and_keeps_those_before(tiny_
     prefill, decode = found.prefill.missing_blocks, found.decode.missing_blocks
     assert len(prefill) == 2 and len(decode) == 3 and 2 in prefill and {0, 5}.isdisjoint(decode)
     assert "Search in rounds: 100%" in capsys.readouterr().err  # a terminal or not
+
+
+def test_rounds_choose_with_what_is_healed(tiny_llama, make_trainer):
+    options = {"removal_rounds": 2, "search_in_rounds": True, "round_search_examples": 6, "max_steps": 6}
+    trainer = make_trainer(tiny_llama, **options)
+    trainer.train()
+    first, last = trainer.removal.plans
+    assert len(last.decode.removed_blocks) == 2 and set(first.decode.removed_blocks) < set(last.decode.removed_blocks)
+    assert trainer.plan == last
+
+
+def test_too_few_completion_tokens_for_rounds_are_found_before_the_first_step(tiny_llama, make_trainer):
+    trainer = make_trainer(tiny_llama, removal_rounds=2, search_in_rounds=True, round_search_examples=1, max_steps=6)
+    with pytest.raises(ValueError, match="round_search_examples=1 is too small"):
+        trainer.train()
+    assert trainer.state.global_step == 0

@@ -1,5 +1,6 @@
 import pytest
 from datasets import Dataset
+from transformers import EarlyStoppingCallback
 
 
 OF_STAGES = {f"{stage}_{what}" for stage in ("prefill", "decode") for what in ("kl", "perplexity", "blocks")}
@@ -66,3 +67,48 @@ def test_predictions_are_of_the_rows_that_evaluation_takes_in_their_order(tiny_l
     assert (labels != -100).sum(-1).tolist() == [4 * n + 1 for n in range(1, 5)]  # and the end of the text
     assert predictions.shape[:2] == labels.shape
     assert metrics["test_kl"] == pytest.approx(trainer.evaluate(texts)["eval_kl"], rel=1e-5)
+
+
+def test_metrics_early_stopping_and_best_model(tiny_llama, make_trainer, rows):
+    seen = []
+
+    def compute_metrics(prediction):
+        (logits, dense), labels = prediction
+        mask = labels != -100
+        seen.append(logits.shape)
+        assert logits.shape == dense.shape and logits.shape[:2] == labels.shape
+        return {"agreement": float((logits.argmax(-1) == dense.argmax(-1))[mask].mean())}
+
+    trainer = make_trainer(
+        tiny_llama,
+        eval_dataset=rows.select(range(4)),
+        compute_metrics=compute_metrics,
+        callbacks=[EarlyStoppingCallback(1, early_stopping_threshold=1e-3)],
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_kl",
+        greater_is_better=False,
+        learning_rate=0.0,
+        removal_rounds=2,
+        include_for_metrics=["teacher"],
+    )
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_kl" in entry]
+    assert seen and all({"eval_agreement", "eval_prefill_kl", "eval_perplexity"} <= set(entry) for entry in entries)
+    assert entries[-1]["eval_agreement"] == pytest.approx(entries[-1]["eval_top1_agreement"])
+    # The evaluation before the last round (fewer blocks missing, so better) is not the best one.
+    assert trainer.state.best_global_step == 4 and trainer.state.global_step == 6
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-4")
+
+
+def test_the_model_of_the_lowest_kl_is_loaded_at_the_end(tiny_llama, make_trainer):
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_kl"}
+    trainer = make_trainer(tiny_llama, local_distillation_tokens=0, **often, **best)
+    trainer.train()
+    lowest = min(entry["eval_kl"] for entry in trainer.state.log_history if "eval_kl" in entry)
+    assert trainer.evaluate()["eval_kl"] == pytest.approx(lowest, rel=1e-5) == trainer.state.best_metric
