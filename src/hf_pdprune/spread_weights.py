@@ -18,14 +18,14 @@ Batch = TypeVar("Batch")
 
 def is_partitioned(module: nn.Module) -> bool:
     """Whether processes hold parts of the weights: all of them have to run the module together."""
-    return any(map(_is_part, module.parameters()))
+    return any(map(is_part, module.parameters()))
 
 
 def is_readable(*modules: nn.Module) -> bool:
     """Whether weights lie in this process as they are, and on one device; not so where they are loaded when used."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     devices = {parameter.device for parameter in parameters}
-    return len(devices) == 1 and torch.device("meta") not in devices and not any(map(_is_part, parameters))
+    return len(devices) == 1 and torch.device("meta") not in devices and not any(map(is_part, parameters))
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -111,5 +111,6 @@ def _is_zero_part(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_status")
 
 
-def _is_part(parameter: nn.Parameter) -> bool:
+def is_part(parameter: nn.Parameter) -> bool:
+    """Whether this process holds a part of the parameter."""
     return _is_zero_part(parameter) or isinstance(parameter, DTensor)

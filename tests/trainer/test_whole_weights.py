@@ -23,6 +23,29 @@ def sharded(tiny_llama):
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def partitioned(tiny_llama, monkeypatch):
+    """A model that ZeRO-3 has partitioned over one process (a hook of it must not be called), and its weights."""
+    deepspeed = pytest.importorskip("deepspeed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(deepspeed.comm.comm, "cdb", None)  # what it knows of processes is this test's
+    # It would be compiled, for minutes and behind a lock, on every fresh machine; gloo does the same.
+    monkeypatch.setitem(deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm", False)
+    before = {name: tensor.clone() for name, tensor in tiny_llama.state_dict().items()}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed("gloo")
+    deepspeed.zero.Init(
+        module=tiny_llama, config_dict_or_path={"train_batch_size": 1, "zero_optimization": {"stage": 3}}
+    )
+    handle = tiny_llama.model.embed_tokens.register_forward_pre_hook(
+        lambda *_: pytest.fail("a hook of ZeRO-3 would gather")
+    )
+    yield tiny_llama, before
+    handle.remove()
+    dist.destroy_process_group()
+
+
 @torch.no_grad()
 def logits_of(model):
     ids, mask = random_prompts([9, 4])
@@ -52,6 +75,21 @@ def test_what_fsdp_has_sharded_is_an_ordinary_model_for_a_while(sharded, tiny_mo
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     assert isinstance(model, FSDPModule) and isinstance(model.model.layers[0], FSDPModule)
     torch.testing.assert_close(logits_of(model), expected)
+
+
+def test_what_zero_has_partitioned_is_an_ordinary_model_for_a_while(partitioned, tiny_model):
+    model, before = partitioned
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    with pytest.raises(RuntimeError), whole_weights(model):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        torch.testing.assert_close(logits_of(model), logits_of(tiny_model("llama")))
+        raise RuntimeError
+    with whole_weights(model, keep=False):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert all(parameter.numel() == 0 and hasattr(parameter, "ds_status") for parameter in model.parameters())
+    with pytest.raises(pytest.fail.Exception, match="would gather"):
+        logits_of(model)
 
 
 def test_tied_weights_stay_tied(sharded):

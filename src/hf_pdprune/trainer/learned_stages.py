@@ -12,7 +12,7 @@ from ..hub.stage_checkpoint import StageBuilder, export_pair, pair_fingerprint
 from ..inference import DecodeStage, PrefillStage
 from ..pair_layout import DISAGGREGATED, served_stages
 from ..plan import PruningPlan
-from .whole_weights import whole_weights
+from ..spread_weights import is_partitioned, whole_embeddings
 
 
 def export_learned_stages(
@@ -58,6 +58,5 @@ def export_learned_stages(
 def shared_fingerprint(model: nn.Module) -> tuple[str, bool]:
     """What both stages of a dense model share; and whether ZeRO-3 has partitioned it while it was loaded."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    weight = base.get_input_embeddings().weight
-    with whole_weights(nn.ParameterList([weight])):
-        return model_fingerprint(base), hasattr(weight, "ds_status")
+    with whole_embeddings(base):
+        return model_fingerprint(base), is_partitioned(base.get_input_embeddings())

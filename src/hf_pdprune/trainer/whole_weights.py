@@ -9,6 +9,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..spread_weights import is_part
+
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _STATE = "__composable_api_state_key"  # begins the names under which FSDP2 keeps its state in a module
@@ -17,69 +19,89 @@ _STATE = "__composable_api_state_key"  # begins the names under which FSDP2 keep
 @contextmanager
 def whole_weights(model: nn.Module, keep: bool = True) -> Iterator[None]:
     """
-    Within this context a model has all its weights. Where ZeRO-3 has partitioned them, every process holds them. Where
-    FSDP2 has sharded them, those do that `keep` them, on the CPU (buffers, too): an accelerator need not have room for
-    all. To them it is an ordinary model meanwhile, but for `generate`. All processes have to enter the context.
+    Within this context a model that ZeRO-3 has partitioned or FSDP2 has sharded has all its weights in the processes
+    that `keep` them, on the CPU (buffers, too): an accelerator need not have room for all. They are gathered one by
+    one. To these processes it is an ordinary model meanwhile, but for `generate`. All processes have to enter the
+    context.
 
     Args:
         model (`nn.Module`): A model, partitioned or not.
         keep (`bool`, defaults to `True`): Whether this process needs the weights.
     """
-    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_status")]
     with ExitStack() as stack:
-        if partitioned:
-            import deepspeed  # it is installed where weights are partitioned by it
-
-            stack.enter_context(deepspeed.zero.GatheredParameters(partitioned))
-        elif any(isinstance(module, FSDPModule) for module in model.modules()):
-            stack.enter_context(_gathered(model, keep))
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            stack.enter_context(_without_fsdp(model))
+        places = [
+            (module, name, parameter)
+            for module in model.modules()
+            for name, parameter in module.named_parameters(recurse=False)
+            if is_part(parameter)
+        ]
+        if places:
+            stack.enter_context(_replaced(model, places, keep))
         yield
 
 
 @contextmanager
-def _gathered(model: nn.Module, keep: bool) -> Iterator[None]:
+def _without_fsdp(model: nn.Module) -> Iterator[None]:
     wrapped = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in wrapped:
         module.reshard()  # what was left gathered after a forward has the dtype of computation
-    places = [
-        (module, name, parameter)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if isinstance(parameter, DTensor)
-    ]
-    whole: dict[int, nn.Parameter] = {}  # by identity: weights that are tied stay so
-    for _, _, parameter in places:
-        if id(parameter) not in whole:
-            data = parameter.detach().full_tensor()
-            data = data.cpu() if keep else torch.empty_like(data, device="meta")
-            whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
     before = [
-        (module, type(module), {k: v for k, v in vars(module).items() if k in _HOOKS or k.startswith(_STATE)})
-        for module in wrapped
-    ]
-    buffers = [
-        (module._buffers, n, b) for module in model.modules() for n, b in module._buffers.items() if b is not None
+        (module, type(module), {k: v for k, v in vars(module).items() if k.startswith(_STATE)}) for module in wrapped
     ]
     try:
-        for owner, name, buffer in buffers:
-            owner[name] = buffer.cpu()
-        for module, name, parameter in places:
-            setattr(module, name, whole[id(parameter)])
         for module, wrapper, attributes in before:
-            # FSDP2 lives in hooks, which would gather, in a state, and in a class whose modules cannot be copied.
+            # Beside hooks, FSDP2 lives in a state, and in a class whose modules cannot be copied.
             module.__class__ = wrapper.__mro__[2]
             for name in attributes:
                 del vars(module)[name]
-            vars(module).update((name, OrderedDict()) for name in _HOOKS)
         yield
     finally:
         for module, wrapper, attributes in before:
             module.__class__ = wrapper
             vars(module).update(attributes)
+
+
+@contextmanager
+def _replaced(model: nn.Module, places: list[tuple[nn.Module, str, nn.Parameter]], keep: bool) -> Iterator[None]:
+    whole: dict[int, nn.Parameter] = {}  # by identity: weights that are tied stay so
+    for _, _, parameter in places:
+        if id(parameter) not in whole:
+            with _gathered(parameter) as data:
+                data = data.to("cpu", copy=True) if keep else torch.empty_like(data, device="meta")
+            whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+    buffers = [
+        (module._buffers, n, b) for module in model.modules() for n, b in module._buffers.items() if b is not None
+    ]
+    hooks = [(module, {name: vars(module)[name] for name in _HOOKS}) for module in model.modules()]
+    try:
+        for module, _ in hooks:  # they would gather
+            vars(module).update((name, OrderedDict()) for name in _HOOKS)
+        for owner, name, buffer in buffers:
+            owner[name] = buffer.cpu()
+        for module, name, parameter in places:
+            setattr(module, name, whole[id(parameter)])
+        yield
+    finally:
+        for module, own in hooks:
+            vars(module).update(own)
         for module, name, parameter in places:
             setattr(module, name, parameter)
         for owner, name, buffer in buffers:
             owner[name] = buffer
+
+
+@contextmanager
+def _gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
+    """The whole of a parameter, on the device where its parts are; all processes get it."""
+    if isinstance(parameter, DTensor):
+        yield parameter.detach().full_tensor()
+        return
+    import deepspeed  # it is installed where weights are partitioned by it
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter.detach()
 
 
 @torch.no_grad()
