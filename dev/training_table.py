@@ -77,21 +77,24 @@ VARIANTS = {
 class TableTrainer(PDPruneTrainer):
     """Takes the fit in closed form that an earlier variant has made from as much text for the same blocks."""
 
-    def _distil_locally(self, is_resumed):
+    def _distil_locally(self):
         plan, args = self.removal.plan_of_round(1), self.args
         own = f"{plan.digest[:16]}-{args.stage}-{args.local_distillation_tokens}-{args.local_distillation_rank}"
-        fit = Path(args.output_dir).parent / f"fit-{own}-{args.max_length}.safetensors"
+        folder = Path(args.output_dir).parent / f"fit-{own}-{args.max_length}"
         adapters = {name: value.data for name, value in self.model.named_parameters() if "lora_" in name}
-        is_kept = fit.is_file() and self.args.local_distillation_tokens > 0
+        is_kept = folder.is_dir()
         if is_kept:
-            kept = load_file(fit)
+            kept = load_file(folder / "adapters.safetensors")
             # Adapters of another rank are the same but where they were fitted.
             for name, value in adapters.items():
                 if kept[name].shape == value.shape:
                     value.copy_(kept[name])
-        super()._distil_locally(is_resumed or is_kept)
+            self.local_distillation.load(folder)
+        super()._distil_locally()
         if args.local_distillation_tokens and not is_kept:
-            save_file({name: value.clone() for name, value in adapters.items()}, fit)
+            folder.mkdir()
+            save_file({name: value.clone() for name, value in adapters.items()}, folder / "adapters.safetensors")
+            self.local_distillation.save(folder)
 
 
 def held_out(tokenizer, sources, examples):
