@@ -36,6 +36,7 @@ def test_every_option_is_documented_twice(option):
         ("label_smoothing_factor", 0.1),
         ("loss_type", "dft"),
         ("router_aux_loss_coef", 0.01),
+        ("hub_strategy", "every_save"),
         ("include_for_metrics", ["inputs", "loss"]),
         ("activation_checkpointing_kwargs", {"use_reentrant": True}),
     ],

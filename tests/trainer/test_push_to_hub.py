@@ -62,3 +62,12 @@ def test_what_is_saved_goes_to_the_hub_where_the_option_says_so(calls, option):
     assert calls[0] == "outputs/stages" and len(calls) == 1 + option
     if option:
         assert calls[1][0] == ("outputs/stages", "mine") and calls[1][1]["commit_message"] == "Model save"
+
+
+def test_training_itself_puts_nothing_on_the_hub(calls, make_trainer, tiny_llama, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.trainer.hf_api", lambda: pytest.fail("Trainer asks the Hub"))
+    own = make_trainer(tiny_llama, push_to_hub=True, max_steps=2, save_strategy="steps", save_steps=1)
+    own.train()
+    assert calls == [] and (tmp_path / "checkpoint-2").is_dir()
+    own.save_model()
+    assert [args for args, _ in calls] == [(str(tmp_path), tmp_path.name)]

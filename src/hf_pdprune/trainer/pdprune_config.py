@@ -23,7 +23,7 @@ class PDPruneConfig(SFTConfig):
     Some defaults differ from trl's: `learning_rate` is that of LoRA, `activation_checkpointing` is off (it costs a
     second forward of the stages), and `bf16` is on only where the device is good at it (on CPUs without AMX it is 6
     to 30 times slower than float32). `greater_is_better` is `False` by default where `metric_for_best_model` is a KL
-    or a perplexity, too.
+    or a perplexity, too. `hub_strategy` is `"end"`, and nothing else.
 
     Parameters:
         > Parameters that control what is trained
@@ -101,6 +101,13 @@ class PDPruneConfig(SFTConfig):
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "The old name of activation_checkpointing."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "Stages go to the Hub when they are saved; checkpoints stay in output_dir.",
+            "choices": ["end"],
+        },
     )
     stage: str = field(
         default="disaggregated",
@@ -275,6 +282,11 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"loss_type={self.loss_type!r} is not supported: {loss}")
         if self.router_aux_loss_coef:
             raise ValueError(f"router_aux_loss_coef is not supported: {loss}; the experts' load is not balanced anew")
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy.value!r} is not supported: with push_to_hub, save_model puts the stages "
+                "on the Hub, in repositories of their own; checkpoints stay in output_dir"
+            )
         if "inputs" in self.include_for_metrics:
             raise ValueError(
                 "include_for_metrics=['inputs'] is not supported: a batch has no input_ids, but prompts and "

@@ -285,6 +285,9 @@ class PDPruneTrainer(StageTrainer):
                     self.stages(), self.plan, output_dir, self.stage_adapters.layout, self.processing_class
                 )
 
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes none: the stages have repositories of their own, which are made when they are pushed."""
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
