@@ -23,7 +23,7 @@ class PDPruneConfig(SFTConfig):
     Some defaults differ from trl's: `learning_rate` is that of LoRA, `activation_checkpointing` is off (it costs a
     second forward of the stages), and `bf16` is on only where the device is good at it (on CPUs without AMX it is 6
     to 30 times slower than float32). `greater_is_better` is `False` by default where `metric_for_best_model` is a KL
-    or a perplexity, too. `hub_strategy` is `"end"`, and nothing else.
+    or a perplexity, too.
 
     Parameters:
         > Parameters that control what is trained
@@ -92,6 +92,12 @@ class PDPruneConfig(SFTConfig):
         train_fitted_layers (`bool`, *optional*, defaults to `False`):
             Whether layers that were fitted in closed form are trained on. They are of full rank and fitted on more
             tokens than a step sees: at learning rates that the others need, training undoes the fit.
+
+        > Parameters that control what is saved
+
+        hub_strategy (`str`, *optional*, defaults to `"end"`):
+            With `push_to_hub`, stages go to the Hub when `save_model` writes them. Nothing else is supported:
+            checkpoints stay in `output_dir`.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -284,8 +290,8 @@ class PDPruneConfig(SFTConfig):
             raise ValueError(f"router_aux_loss_coef is not supported: {loss}; the experts' load is not balanced anew")
         if self.hub_strategy != "end":
             raise ValueError(
-                f"hub_strategy={self.hub_strategy.value!r} is not supported: with push_to_hub, save_model puts the stages "
-                "on the Hub, in repositories of their own; checkpoints stay in output_dir"
+                f"hub_strategy={self.hub_strategy.value!r} is not supported: with push_to_hub, save_model puts the "
+                "stages on the Hub, in repositories of their own; checkpoints stay in output_dir"
             )
         if "inputs" in self.include_for_metrics:
             raise ValueError(
