@@ -71,11 +71,17 @@ def test_adapters_that_come_with_the_model_are_not_fitted_anew(tiny_llama, make_
     first = make_trainer(tiny_llama, stage="prefill", max_steps=2)
     first.train()
     learned = {name: p.detach().clone() for name, p in first.model.named_parameters() if "lora_" in name}
+    fitted = {name for name, p in lora_of(first).items() if not p.requires_grad}
     start = AtStart()
     # Other text, on which a fit would be another one; decode's adapter is new.
     second = make_trainer(first.model, max_steps=1, train_dataset=rows.select(range(6)), callbacks=[start])
     second.train()
     there = {name: tensor for name, tensor in start.adapters[0].items() if ".prefill." in name}
     assert_goes_on_from(learned, there)
-    assert list(second.local_distillation.fitted) == ["decode"]
-    assert all(p.requires_grad for name, p in lora_of(second).items() if ".prefill." in name)
+    # What was fitted then is not trained on now either.
+    frozen = {name for name, p in lora_of(second).items() if not p.requires_grad}
+    assert len(fitted) == 12 and len(frozen) == 24
+    assert {name for name in frozen if ".prefill." in name} == fitted
+    third = make_trainer(second.model, max_steps=1, train_fitted_layers=True)
+    third.train()
+    assert all(p.requires_grad for p in lora_of(third).values())

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from peft import PeftModel
 from torch import nn
 
 from ..artefact_file import read_json, write_artefact
@@ -11,7 +12,7 @@ from ..blocks import get_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
 from ..shortened_config import context_length
-from .residual_fit import ResidualFit
+from .residual_fit import ResidualFit, fitted_layers
 from .stage_adapters import StageAdapters
 
 
@@ -33,8 +34,24 @@ class LocalDistillation:
     """
 
     def __init__(self, plan: PruningPlan, adapters: StageAdapters, new: Collection[str]):
-        self.skipped_blocks = {adapter: plan.stage(adapters.stages_of(adapter)[0]).skipped_blocks for adapter in new}
+        skipped = {name: plan.stage(adapters.stages_of(name)[0]).skipped_blocks for name in adapters.trained}
+        self.skipped_blocks = {name: blocks for name, blocks in skipped.items() if name in new}
+        self._skipped_before = {name: blocks for name, blocks in skipped.items() if name not in new}
         self.fitted: dict[str, list[str]] = {}
+
+    def recognise(self, model: PeftModel) -> None:
+        """
+        Takes for set, of adapters that are not new, the layers that their own training will have set: those beside
+        gaps with another rank than the adapter's.
+        """
+        blocks = get_blocks(model)
+        for adapter, skipped in self._skipped_before.items():
+            usual = getattr(model.peft_config[adapter], "r", None)
+            for name in fitted_layers(model, skipped):
+                block, _, path = name.partition(".")
+                ranks = getattr(blocks[int(block)].get_submodule(path), "r", {})
+                if ranks.get(adapter, usual) != usual:
+                    self.fitted.setdefault(adapter, []).append(name)
 
     def fit(self, model: nn.Module, rows: Iterable[dict[str, list[int]]], num_tokens: int) -> None:
         """
@@ -54,7 +71,7 @@ class LocalDistillation:
         fit = ResidualFit(model, tokens)
         for adapter, skipped in self.skipped_blocks.items():
             fit.fit(skipped, adapter)
-        self.fitted, self.skipped_blocks = fit.fitted, {}
+        self.fitted, self.skipped_blocks = self.fitted | fit.fitted, {}
 
     def freeze(self, model: nn.Module) -> None:
         """Lets the layers that have been set learn no more; the model as for [`LocalDistillation.fit`]."""

@@ -111,6 +111,7 @@ class PDPruneTrainer(StageTrainer):
             self.dense_model.requires_grad_(False).eval()
         else:
             model = add_adapters(model, plan, args, peft_config)
+            self.local_distillation.recognise(model)
         # transformers' own would leave out the KV cache, see checkpointed_blocks.
         self._checkpoints_blocks, args.activation_checkpointing = bool(args.activation_checkpointing), False
         args.gradient_checkpointing = False
