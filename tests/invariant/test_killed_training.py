@@ -11,7 +11,7 @@ from hf_pdprune.trainer import last_complete_checkpoint
 @pytest.mark.invariant
 def test_training_that_was_killed_goes_on_as_if_it_had_not_been(training_folder):
     # What is fitted in closed form is frozen, as by default, and blocks go in two rounds, at steps 0 and 10.
-    options = {"max_steps": 40, "save_steps": 1, "optim": "adamw_torch", "train_fitted_layers": False}
+    options = {"max_steps": 40, "save_steps": 1, "optim": "adamw_torch"}
     folder = str(training_folder / "killed")
     killed = start_training(training_folder, **options, output_dir=folder)
     try:

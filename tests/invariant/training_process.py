@@ -23,7 +23,6 @@ OPTIONS = {
     "disable_tqdm": True,
     "optim": "sgd",  # Adam makes a full step of a gradient that is rounding alone
     "local_distillation_tokens": 96,
-    "train_fitted_layers": True,  # as with ZeRO-3
     "removal_rounds": 2,
 }
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
+from ..adapters import adapter_parameters
 from ..hub import push_stages_to_hub
 from ..inference import DecodeStage, PrefillStage
 from ..plan import PruningPlan
@@ -32,7 +33,7 @@ from .sharding import check_sharding, is_sharded
 from .stage_adapters import STAGE_ADAPTERS
 from .stage_trainer import StageTrainer
 from .training_checkpoint import DivergenceError, begin_checkpoint, last_complete_checkpoint, load_adapters
-from .whole_weights import whole_weights
+from .whole_weights import whole_copy, whole_weights
 
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class PDPruneTrainer(StageTrainer):
 
     Args:
         model (`str` or [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]): The dense model, its id or
-            its folder. Adapters of an earlier training that it has go on from where they are, in all their layers.
+            its folder. Adapters of an earlier training that it has go on from where they are, but for layers that were
+            fitted in closed form (see `train_fitted_layers`).
         plan ([`PruningPlan`] or `str`): The plan, or the folder or repo where it is.
         args ([`PDPruneConfig`], *optional*): The options.
         train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]): Any that `SFTTrainer` takes. Plain text
@@ -176,11 +178,7 @@ class PDPruneTrainer(StageTrainer):
         if args.local_distillation_tokens and not args.full_finetuning:
             if all(isinstance(model.peft_config[name], LoraConfig) for name in self.stage_adapters.trained):
                 self.local_distillation.fit(model, self.train_dataset, args.local_distillation_tokens)
-        if not self.local_distillation.fitted or args.train_fitted_layers:
-            return
-        if self._is_sharded and self.is_deepspeed_enabled:
-            logger.warning("ZeRO-3 leaves frozen parameters out of its checkpoints: fitted layers are trained on")
-        else:
+        if not args.train_fitted_layers:
             self.local_distillation.freeze(model)
 
     def _search_round(self, plan: PruningPlan, target: PruningPlan) -> PruningPlan:
@@ -240,6 +238,16 @@ class PDPruneTrainer(StageTrainer):
         if self.args.should_save:
             begin_checkpoint(os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
         super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if self._is_sharded and self.is_deepspeed_enabled:
+            # With ZeRO-3 Trainer leaves out what is frozen: fitted layers, and the adapter of a stage that stays.
+            state_dict = dict(state_dict or {})
+            for adapter in self.model.peft_config:
+                for name, parameter in adapter_parameters(self.model, adapter).items():
+                    if not parameter.requires_grad:
+                        state_dict[name] = whole_copy(parameter, self.args.should_save)
+        super()._save(output_dir, state_dict)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

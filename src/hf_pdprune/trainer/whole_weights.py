@@ -68,9 +68,7 @@ def _replaced(model: nn.Module, places: list[tuple[nn.Module, str, nn.Parameter]
     whole: dict[int, nn.Parameter] = {}  # by identity: weights that are tied stay so
     for _, _, parameter in places:
         if id(parameter) not in whole:
-            with _gathered(parameter) as data:
-                data = data.to("cpu", copy=True) if keep else torch.empty_like(data, device="meta")
-            whole[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
+            whole[id(parameter)] = nn.Parameter(whole_copy(parameter, keep), parameter.requires_grad)
     buffers = [
         (module._buffers, n, b) for module in model.modules() for n, b in module._buffers.items() if b is not None
     ]
@@ -92,16 +90,20 @@ def _replaced(model: nn.Module, places: list[tuple[nn.Module, str, nn.Parameter]
             owner[name] = buffer
 
 
-@contextmanager
-def _gathered(parameter: nn.Parameter) -> Iterator[torch.Tensor]:
-    """The whole of a parameter, on the device where its parts are; all processes get it."""
+def whole_copy(parameter: nn.Parameter, keep: bool = True) -> torch.Tensor:
+    """The whole of a parameter on the CPU; without memory for processes that do not `keep` it. All have to ask."""
     if isinstance(parameter, DTensor):
-        yield parameter.detach().full_tensor()
-        return
+        return _on_cpu(parameter.detach().full_tensor(), keep)
+    if not is_part(parameter):
+        return _on_cpu(parameter.detach(), keep)
     import deepspeed  # it is installed where weights are partitioned by it
 
     with deepspeed.zero.GatheredParameters([parameter]):
-        yield parameter.detach()
+        return _on_cpu(parameter.detach(), keep)
+
+
+def _on_cpu(data: torch.Tensor, keep: bool) -> torch.Tensor:
+    return data.to("cpu", copy=True) if keep else torch.empty_like(data, device="meta")
 
 
 @torch.no_grad()
