@@ -205,7 +205,7 @@ class TokenAwareCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_in_forward:
+        if not self._hooks.is_active:
             self._check_announced(key_states.shape[-2], layer_idx)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
