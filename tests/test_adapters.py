@@ -109,6 +109,17 @@ class TestParts:
         with pytest.raises(ValueError, match="modules_to_save"), active_adapter(model, None):
             pytest.fail("the context was entered")
 
+    def test_dense_weights_with_an_adapter_merged_into_them_are_refused(self, model):
+        before = merged_state_dict(model, "decode")
+        model.merge_adapter(["prefill"])
+        with pytest.raises(ValueError, match="adapter 'prefill' is merged into the dense weights"):
+            merged_state_dict(model, "decode")
+        with pytest.raises(ValueError, match="unmerge_adapter"), active_adapter(model, "decode"):
+            pytest.fail("the context was entered")
+        model.unmerge_adapter()
+        for name, tensor in merged_state_dict(model, "decode").items():
+            torch.testing.assert_close(tensor, before[name])
+
 
 class TestMergedStateDict:
     def test_only_adapted_weights_are_new(self, model):

@@ -17,7 +17,8 @@ def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     The adapted modules of a model by name; empty where peft has not wrapped it.
 
     Raises:
-        `ValueError`: If peft trains copies of whole modules or tokens, which are no adapters of a layer.
+        `ValueError`: If peft trains copies of whole modules or tokens, which are no adapters of a layer; if an adapter
+        is merged into the dense weights, which would then be the dense model's no more.
     """
     layers, seen = {}, set()
 
@@ -29,6 +30,11 @@ def adapter_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
         if isinstance(module, AuxiliaryTrainingWrapper):
             raise ValueError(f"modules_to_save and trainable_token_indices are not supported (found at {name})")
         if isinstance(module, BaseTunerLayer):
+            if module.merged:
+                raise ValueError(
+                    f"the adapter {module.merged_adapters[0]!r} is merged into the dense weights (found at {name}): "
+                    "both stages and the dense model share them; call unmerge_adapter() first"
+                )
             layers[name] = module
         prefix = f"{name}." if name else ""
         for child, submodule in module._modules.items():
