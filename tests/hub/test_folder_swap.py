@@ -1,5 +1,6 @@
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -118,3 +119,25 @@ def test_nothing_is_replaced_unless_all_was_written(tmp_path):
         with swap.writing(tmp_path / "a") as new:
             write(new, "new")
     assert files(tmp_path) == {"a/file": "old"}
+
+
+def test_of_a_link_the_folder_behind_it_is_replaced(tmp_path):
+    write(tmp_path / "disk" / "a", "old")
+    (tmp_path / "links").mkdir()
+    for name in ("a", "b"):  # there is nothing behind the second one yet
+        (tmp_path / "links" / name).symlink_to(tmp_path / "disk" / name)
+    for text in ("new", "newer"):
+        with FolderSwap(tmp_path / "links" / "a", tmp_path / "links" / "b") as swap:
+            for name in ("a", "b"):
+                with swap.writing(tmp_path / "links" / name) as new:
+                    write(new, text)
+        assert files(tmp_path / "disk") == {"a/file": text, "b/file": text}
+        assert sorted(path.name for path in (tmp_path / "links").iterdir() if path.is_symlink()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("folder", [".", "..", "../here"])
+def test_the_current_directory_is_not_replaced(tmp_path, monkeypatch, folder):
+    write(tmp_path / "here", "old")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="cannot be replaced: it is, or holds, the current directory"):
+        FolderSwap(Path(folder))

@@ -17,8 +17,11 @@ class FolderSwap:
     is removed by the next swap.
 
     Args:
-        folders (`Path`): The folders to replace; they need not exist.
+        folders (`Path`): The folders to replace; they need not exist. Of a link to a folder, the folder is replaced.
         removed (`Sequence[Path]`, *optional*): Folders that are removed when the others are replaced, before them.
+
+    Raises:
+        `ValueError`: If a folder holds the current directory, which would be gone afterwards.
 
     Example:
 
@@ -30,8 +33,12 @@ class FolderSwap:
     """
 
     def __init__(self, *folders: Path, removed: Sequence[Path] = ()):
-        self.folders = folders
-        self.removed = tuple(removed)
+        # Without links: the new content belongs where the old one is, and a link cannot be emptied as a folder can.
+        self.folders = tuple(folder.resolve() for folder in folders)
+        self.removed = tuple(folder.resolve() for folder in removed)
+        here = [folder for folder in self.folders if Path.cwd().is_relative_to(folder)]
+        if here:
+            raise ValueError(f"{here[0]} cannot be replaced: it is, or holds, the current directory")
 
     def __enter__(self) -> "FolderSwap":
         self._clean()
@@ -45,7 +52,7 @@ class FolderSwap:
         Raises:
             `OSError`: One line that names the folder, where anything cannot be written.
         """
-        new = _aside(folder, "new")
+        new = _aside(folder.resolve(), "new")
         with naming_folder(folder):
             new.mkdir(parents=True)
             yield new
