@@ -136,6 +136,9 @@ class MergedWeights(Mapping[str, torch.Tensor]):
     Args:
         model (`nn.Module`): A model, wrapped by peft or not.
         adapter (`str`, *optional*): Adapter to merge; `None` for the dense weights as they are.
+
+    Raises:
+        `ValueError`: On reading a weight that is not in memory, or into which the adapter cannot be merged.
     """
 
     def __init__(self, model: nn.Module, adapter: str | None):
@@ -177,6 +180,10 @@ class MergedWeights(Mapping[str, torch.Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, name: str) -> torch.Tensor:
+        if self._dense[name].is_meta:
+            raise ValueError(
+                f"the weight {name} is offloaded: load the model into memory as a whole (no device_map that offloads)"
+            )
         prefix = self._prefixes.get(name)
         if name in self._quantized:
             return self._dequantized(name)

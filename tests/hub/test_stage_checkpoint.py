@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
@@ -199,6 +200,13 @@ def test_model_loaded_from_a_quantised_file_is_exported(tiny_llama, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "decode" / "config.json").read_text())
     assert tiny_llama.config.quantization_config == {"quant_method": "gguf"}
     load_stages(tmp_path)
+
+
+def test_offloaded_weights_are_named(tiny_llama, tmp_path):
+    model = cpu_offload(tiny_llama, execution_device="cpu")
+    with pytest.raises(ValueError, match=r"weight \S+ is offloaded: load the model into memory"):
+        export_stages(model, plan_of(model), tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_adapter_on_one_of_two_tied_weights_is_refused(tiny_model):
