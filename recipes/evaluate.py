@@ -146,7 +146,7 @@ class Models:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return load_tokenizer(PairSource(self.args.stages).tokenizer)
+            return load_tokenizer(PairSource(self.args.stages).tokenizer.name)
         except (OSError, ValueError):  # exported without one
             return load_tokenizer(self.dense_name)
 

@@ -24,6 +24,7 @@ import torch
 torch.set_num_threads(1)
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from hf_pdprune.evaluation.pair_source import PairSource
 from hf_pdprune.hub import load_stages, push_stages_to_hub
 folder = sys.argv[1]
 seen = {}
@@ -70,6 +71,9 @@ push_stages_to_hub(sys.argv[3], "me/one", token=sys.argv[2])
 push_stages_to_hub(sys.argv[3], "me/one-folder", subfolders=True, token=sys.argv[2])
 seen["unified"] = [generated(sys.argv[3]), generated("me/one"), generated("me/one-folder")]
 seen["unified files"] = digests(snapshot_download("me/one-unified"))
+places = [PairSource(name).tokenizer for name in ("me/tiny", "me/one", "me/one-folder")]
+tokenizers = [AutoTokenizer.from_pretrained(place.path, subfolder=place.subfolder) for place in places]
+seen["tokenizers"] = {place.name: tokenizer("hi")["input_ids"] for place, tokenizer in zip(places, tokenizers)}
 push_stages_to_hub(folder, "me/one", token=sys.argv[2])
 try:
     load_stages("me/one")
@@ -172,6 +176,11 @@ def test_unified_model(unified, pushed):
     assert "unified/model.safetensors" in server.repos["me/one-folder"].branches["main"]
     # One name with two pairs under it: neither is taken for the other.
     assert "prefill and unified are both for the prefill stage" in seen["two pairs"]
+
+
+def test_tokenizer_of_a_pair_on_the_hub(pushed):
+    _, seen, _, _ = pushed
+    assert seen["tokenizers"] == dict.fromkeys(("me/tiny-prefill", "me/one-unified", "me/one-folder/unified"), [3])
 
 
 def test_interrupted_push_goes_on(pushed):

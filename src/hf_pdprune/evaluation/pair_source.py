@@ -7,9 +7,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ..hub import load_stages
 from ..hub.adapter_checkpoint import add_adapters_of
-from ..hub.load_stages import StageLocation
+from ..hub.load_stages import StageLocation, stage_locations
 from ..inference import DecodeStage, PrefillStage
-from ..pair_layout import served_stages, stage_folders
+from ..pair_layout import by_stage, served_stages
 from ..plan import PruningPlan
 
 
@@ -53,11 +53,12 @@ class PairSource:
             raise ValueError("adapters= go with a dense model and plan=; stage checkpoints have theirs merged")
 
     @property
-    def tokenizer(self) -> str:
+    def tokenizer(self) -> StageLocation:
         """Where the tokenizer is."""
-        if self.prefill is not None:
-            return self.prefill
-        return self.pretrained if self.plan is not None else str(stage_folders(self.pretrained)["prefill"])
+        if self.prefill is not None or self.plan is not None:
+            return StageLocation(self.pretrained if self.prefill is None else self.prefill)
+        _, locations = stage_locations(self.pretrained)
+        return locations[by_stage(locations)["prefill"]]
 
     def load(self, **model_kwargs: Any) -> tuple[PrefillStage, DecodeStage]:
         """

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, StoppingCriteri
 from ..evaluation.continuation_scorer import ContinuationScorer
 from ..evaluation.pair_source import PairSource
 from ..inference import DecodeStage, PrefillStage
+from ..pair_layout import check_first_token
 from ..plan import PruningPlan
 
 
@@ -38,7 +39,7 @@ class PDPruneLM(HFLM):
     is read, and predicted, by prefill, and the rest by decode.
 
     Args:
-        pretrained (`str`, *optional*): Folder of a pair, or with `plan` the dense model; see [`PairSource`].
+        pretrained (`str`, *optional*): A pair, folder or repo id, or with `plan` the dense model; see [`PairSource`].
         prefill (`str` or [`PrefillStage`], *optional*): The prefill stage.
         decode (`str` or [`DecodeStage`], *optional*): The decode stage.
         plan (`str`, *optional*): Plan of the dense model; `"empty"` removes nothing.
@@ -79,6 +80,7 @@ class PDPruneLM(HFLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
     ):
+        check_first_token(first_token)
         accelerator = Accelerator()
         if isinstance(prefill, PrefillStage) and isinstance(decode, DecodeStage):
             pair = (prefill, decode)
@@ -96,7 +98,9 @@ class PDPruneLM(HFLM):
             place = accelerator.device if is_default else torch.device(device)
             for stage in pair:
                 stage.model.to(place)
-            tokenizer = source.tokenizer if tokenizer is None else tokenizer
+            if tokenizer is None:
+                where = source.tokenizer
+                tokenizer = AutoTokenizer.from_pretrained(where.path, subfolder=where.subfolder)
         if isinstance(tokenizer, str):
             tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         self.prefill, self.decode = pair
