@@ -120,6 +120,16 @@ def test_of_another_model(tiny_model, folders):
         load_adapters(tiny_model("llama", num_hidden_layers=5), folders[1])
 
 
+def test_of_another_model_of_the_same_shape(trained, folders, tiny_model):
+    other = tiny_model("llama", seed=1)
+    with pytest.raises(ValueError, match="holds adapters of another dense model"):
+        load_adapters(other, folders[1])
+    load_adapters(tiny_model("llama").bfloat16(), folders[1])
+    for stage in ("prefill", "decode"):  # as peft itself writes them
+        trained[0].save_pretrained(folders[1], selected_adapters=[stage])
+    load_adapters(other, folders[1])
+
+
 def test_unknown_adapter(trained, tmp_path):
     with pytest.raises(ValueError, match="no adapter 'x'"):
         save_adapters(*trained, tmp_path / "adapters", {"decode": "x"})

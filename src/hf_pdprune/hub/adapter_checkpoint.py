@@ -1,20 +1,24 @@
 """Adapters alone: what distillation learned, without the dense weights."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftConfig, PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..artefact_file import read_json
 from ..pair_layout import CHECKPOINTS, DISAGGREGATED, by_stage
 from ..plan import PruningPlan
 from ..weight_files import share_as
+from .dense_fingerprint import dense_fingerprint
 from .folder_swap import FolderSwap, naming_folder
 
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FINGERPRINT = "dense_fingerprint"  # in the metadata of the weights, which no other tool minds
 
 
 def save_adapters(
@@ -44,6 +48,7 @@ def save_adapters(
     by_stage(adapters)  # raises if two are for one stage
     folder = Path(output_dir)
     others = [folder / name for name in CHECKPOINTS if name not in adapters and (folder / name / _CONFIG).is_file()]
+    dense = dense_fingerprint(model)
     with FolderSwap(*(folder / stage for stage in adapters), removed=others) as swap:
         for path in swap.folders:
             if path.exists() and any(path.iterdir()) and not (path / _CONFIG).is_file():
@@ -55,6 +60,8 @@ def save_adapters(
                     for path in (new / adapter).iterdir():
                         path.replace(new / path.name)
                     (new / adapter).rmdir()
+                metadata = {"format": "pt"} | ({} if dense is None else {_FINGERPRINT: dense})
+                save_file(load_file(new / _WEIGHTS), new / _WEIGHTS, metadata)
                 share_as(new / _WEIGHTS, new / _CONFIG)
         with naming_folder(folder):
             plan.save_pretrained(folder)
@@ -92,12 +99,30 @@ def add_adapters_of(model: nn.Module, folder: str | os.PathLike) -> tuple[nn.Mod
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {wanted}")
     serving = by_stage(names)
     configs = {name: _checked_config(folder / name) for name in names}
+    _check_dense(model, folder, names)
     for number, (name, config) in enumerate(configs.items()):
         if number == 0:
             model = PeftModel.from_pretrained(model, folder / name, adapter_name=name, config=config)
         else:
             model.load_adapter(folder / name, adapter_name=name)
     return model.eval(), serving
+
+
+def _check_dense(model: nn.Module, folder: Path, names: Sequence[str]) -> None:
+    """
+    Raises a `ValueError` where adapters were trained on another dense model, which may well have the same shape. What
+    does not say on which one (a checkpoint of [`PDPruneTrainer`], quantised weights, an older version) is accepted.
+    """
+    recorded = set()
+    for name in names:
+        with safe_open(folder / name / _WEIGHTS, "pt") as file:
+            recorded.add((file.metadata() or {}).get(_FINGERPRINT))
+    recorded.discard(None)
+    own = dense_fingerprint(model) if recorded else None
+    if own is not None and recorded != {own}:
+        raise ValueError(
+            f"{folder} holds adapters of another dense model: its weights differ from those that they were trained on"
+        )
 
 
 def _checked_config(folder: Path) -> PeftConfig:
