@@ -76,7 +76,7 @@ class TestArtefact:
             PruningPlan.from_pretrained(tmp_path)
 
     def test_neither_folder_nor_repo(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="neither a folder nor a repo"):
+        with pytest.raises(FileNotFoundError, match=r"neither a folder nor a repo that can be read \(.+\)"):
             PruningPlan.from_pretrained(tmp_path / "missing" / "folder")
 
     @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00", b"not json"])

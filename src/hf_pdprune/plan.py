@@ -273,7 +273,8 @@ class PruningPlan:
             try:
                 path = Path(cached_file(str(folder_or_repo), PLAN_FILE_NAME, **hub_kwargs))
             except OSError as error:
-                where = f"{folder_or_repo!s}: neither a folder nor a repo"
+                reason = str(error).splitlines()[0]  # there is no such repo, or nobody may read it, or no network
+                where = f"{folder_or_repo!s}: neither a folder nor a repo that can be read ({reason})"
                 raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {where}") from error
         if not path.is_file():
             raise FileNotFoundError(f"no {PLAN_FILE_NAME} in {path.parent}")

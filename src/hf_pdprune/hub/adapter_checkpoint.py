@@ -82,7 +82,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike) -> tuple[nn.Modul
 
     Raises:
         `FileNotFoundError`: If the folder holds no plan or no adapters.
-        `ValueError`: If the plan is of another model, or a file is not what it must be.
+        `ValueError`: If the plan or the adapters are of another model, or a file is not what it must be.
     """
     plan = PruningPlan.from_pretrained(folder)
     plan.blocks_of(model.config)  # raises if the plan is of another model

@@ -76,13 +76,14 @@ def stage_locations(source: str | os.PathLike, **hub_kwargs: Any) -> tuple[Pruni
     try:
         plan = PruningPlan.from_pretrained(source, **hub_kwargs)
         locations = {name: StageLocation(str(source), name) for name in CHECKPOINTS}
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        reason = str(error.__cause__).splitlines()[0]  # the Hub may just not be reached
         plan, locations = None, {name: StageLocation(f"{source}-{name}") for name in CHECKPOINTS}
     there = [name for name, location in locations.items() if location.is_checkpoint(**hub_kwargs)]
     if plan is None and not there:
         raise FileNotFoundError(
             f"{source} is no pair of stages: no folder with a {PLAN_FILE_NAME}, no repo that has one, no repos "
-            f"{source}-prefill and {source}-decode, and no repo {source}-unified"
+            f"{source}-prefill and {source}-decode, and no repo {source}-unified ({reason})"
         )
     found = {name: locations[name] for name in layout_of(there, str(source))}
     return plan or PruningPlan.from_pretrained(next(iter(found.values())).path, **hub_kwargs), found
