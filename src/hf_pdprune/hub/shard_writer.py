@@ -43,7 +43,8 @@ def write_shards(
         model ([`~transformers.PreTrainedModel`]): The model; its own weights may be on the meta device.
         weights (`Mapping`): By name, in the order of the model's state dict, a function that gives the weight.
         folder (`str`): Folder of the checkpoint.
-        max_shard_size (`int` or `str`): Size that a shard does not exceed unless a single block does.
+        max_shard_size (`int` or `str`): Size that a shard does not exceed unless a single block, or what is outside of
+            the blocks, does.
     """
     folder = Path(folder)
     shards = list(_split(model, weights, shard_bytes(max_shard_size)))
