@@ -186,6 +186,25 @@ def test_bad_input_is_named(folder, monkeypatch):
         load_local_data("sst2")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "piqa.validation.jsonl has no rows"),
+        ("\n\n", "piqa.validation.jsonl has no rows"),
+        ('{"question": "q", "choices": ["a", "b"], "answer": 0}\n{"quest', "piqa.validation.jsonl is not made of"),
+    ],
+)
+def test_files_without_rows_are_named(lm, folder, content, message):
+    (folder / "piqa.validation.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        TaskEvaluation(["piqa"], folder).run(lm, "piqa")
+
+
+def test_an_empty_calibration_part_has_no_worked_examples(folder):
+    (folder / "piqa.calibration.jsonl").write_text("")
+    assert len(load_local_data("piqa", str(folder))["fewshot"]) == 0
+
+
 def test_rows_are_brought_to_the_form_of_lm_eval():
     doc = {"question": "Ann saw Bea because _ was tall.", "choices": ["Ann", "Bea"], "answer": 1}
     assert winogrande_choice(doc) == ["Ann saw Bea because Ann", "Ann saw Bea because Bea"]

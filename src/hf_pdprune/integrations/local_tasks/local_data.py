@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 import lm_eval
 import yaml
+from datasets.exceptions import DatasetGenerationError
 
 
 FOLDER_VARIABLE = "HF_PDPRUNE_DATA"
@@ -35,6 +36,7 @@ def load_local_data(
 
     Raises:
         `FileNotFoundError`: If there is no folder or no such file.
+        `ValueError`: If the file has no rows, or a file is not made of JSON lines.
     """
     folder = data_folder or os.environ.get(FOLDER_VARIABLE)
     if not folder:
@@ -44,14 +46,26 @@ def load_local_data(
     path = Path(folder) / f"{file}.{data_split}.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {folder}")
-    evaluated = datasets.Dataset.from_json(str(path), keep_in_memory=True)
+    evaluated = _rows(path)
+    if len(evaluated) == 0:
+        raise ValueError(f"{path} has no rows")
     shots = datasets.Dataset.from_list([])
     path = shots_file(folder, file)
     if path.is_file() and data_split != _FEWSHOT_PART:
         seen = {_shown(row) for row in evaluated}
-        shots = datasets.Dataset.from_json(str(path), keep_in_memory=True)
+        shots = _rows(path)
         shots = shots.select([number for number, row in enumerate(shots) if _shown(row) not in seen])
     return {EVALUATION: evaluated, FEWSHOT: shots}
+
+
+def _rows(path: Path) -> datasets.Dataset:
+    if not path.read_bytes().strip():  # datasets has an error of its own for that
+        return datasets.Dataset.from_list([])
+    try:
+        return datasets.Dataset.from_json(str(path), keep_in_memory=True)
+    except DatasetGenerationError as error:
+        reason = (str(error.__cause__).strip() or type(error.__cause__).__name__).splitlines()[0]
+        raise ValueError(f"{path} is not made of JSON lines: {reason}") from error
 
 
 def shots_file(folder: str | os.PathLike, file: str) -> Path:
