@@ -284,3 +284,8 @@ def test_stages_without_a_tokenizer_are_refused(dense, plan):
         PDPruneLM(prefill=PrefillStage(dense, plan), decode=DecodeStage(dense, plan))
     with pytest.raises(TypeError, match="no_such_option"):
         PDPruneLM(pretrained="x", no_such_option=1)
+
+
+def test_an_unknown_stage_for_the_first_token_is_refused_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="first_token must be prefill or decode, got 'both'"):
+        PDPruneLM("nowhere", plan="empty", first_token="both")
