@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_pdprune.data import PromptCompletionCollator, tokenize_examples
+from hf_pdprune.data import PromptCompletionCollator, prompt_completion, tokenize_examples
 
 
 TOKENS = st.lists(st.integers(3, 255), min_size=2, max_size=20)
@@ -156,6 +156,16 @@ class TestTokenizeExamples:
             tokenize_examples([{"text": "x" * 10}], tiny_tokenizer, 10, 4)
         with pytest.raises(ValueError, match="no example"):
             tokenize_examples([], tiny_tokenizer, 10, 4)
+
+
+def test_of_a_long_text_no_more_is_cut_than_wanted(tiny_tokenizer, monkeypatch):
+    text = [{"text": "a text as long as a book"}] * 3 + [{"text": "a text as long as a book" * 100}]
+    every = tokenize_examples(text, tiny_tokenizer, 6, 2)
+    assert len(every) == (3 * 26 + 24 * 100 + 2) // 8
+    made = []
+    monkeypatch.setattr(prompt_completion, "_example", lambda *parts: made.append(parts))
+    tokenize_examples(text, tiny_tokenizer, 6, 2, max_examples=11)
+    assert [[*prompt, *completion] for prompt, completion in made] == [row["input_ids"] for row in every[:11]]
 
 
 def test_widths_are_padded_to_a_multiple_on_the_outer_sides():

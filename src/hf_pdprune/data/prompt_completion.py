@@ -3,6 +3,7 @@
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -49,9 +50,12 @@ def tokenize_examples(
             break
         if "text" in row:
             pending += tokenizer(row["text"] + "\n\n", add_special_tokens=False)["input_ids"]
-            while len(pending) >= length:
-                piece, pending = pending[:length], pending[length:]
-                examples.append(_example(piece[:prompt_tokens], piece[prompt_tokens:]))
+            whole = len(pending) // length * length
+            pieces = (pending[begin : begin + length] for begin in range(0, whole, length))
+            # A row can be a whole book, of which a few examples are wanted.
+            wanted = None if max_examples is None else max_examples - len(examples)
+            examples += [_example(piece[:prompt_tokens], piece[prompt_tokens:]) for piece in islice(pieces, wanted)]
+            pending = pending[whole:]
             seen_tokens = len(examples) * length + len(pending)
             continue
         if "messages" in row:
