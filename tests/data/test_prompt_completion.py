@@ -158,6 +158,15 @@ class TestTokenizeExamples:
             tokenize_examples([], tiny_tokenizer, 10, 4)
 
 
+@pytest.mark.parametrize("number", [0, -1])
+@pytest.mark.parametrize("name", ["prompt_tokens", "completion_tokens", "max_examples"])
+def test_numbers_below_one_are_refused(tiny_tokenizer, name, number):
+    numbers = {"prompt_tokens": 4, "completion_tokens": 2, "max_examples": 3} | {name: number}
+    for row in ({"text": "a text that is long enough"}, {"prompt": "a question", "completion": " its answer"}):
+        with pytest.raises(ValueError, match=f"^{name} must be at least 1, got {number}$"):
+            tokenize_examples([row], tiny_tokenizer, **numbers)
+
+
 def test_of_a_long_text_no_more_is_cut_than_wanted(tiny_tokenizer, monkeypatch):
     text = [{"text": "a text as long as a book"}] * 3 + [{"text": "a text as long as a book" * 100}]
     every = tokenize_examples(text, tiny_tokenizer, 6, 2)

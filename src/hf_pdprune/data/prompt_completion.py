@@ -40,8 +40,12 @@ def tokenize_examples(
         `list[dict]`: Each with `input_ids` and `labels`, where the prompt's labels are -100.
 
     Raises:
-        `ValueError`: If the rows give no example.
+        `ValueError`: If the rows give no example, or if a number is below 1.
     """
+    numbers = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "max_examples": max_examples}
+    for name, number in numbers.items():
+        if number is not None and number < 1:  # [-0:] would keep the whole prompt
+            raise ValueError(f"{name} must be at least 1, got {number}")
     examples: list[dict[str, list[int]]] = []
     pending: list[int] = []
     length, seen_tokens = prompt_tokens + completion_tokens, 0
