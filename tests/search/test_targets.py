@@ -19,6 +19,8 @@ def test_numbers_are_themselves(model):
     assert num_blocks_to_remove(model, SearchConfig(2, 3)) == (2, 3)
     assert num_blocks_to_remove(model, SearchConfig(max_kl=0.5)) == (6, 6)
     assert num_blocks_to_remove(model, SearchConfig(1, 2, max_kl=0.5)) == (1, 2)
+    unprotected = {"num_protected_first_blocks": 0, "num_protected_last_blocks": 0}
+    assert num_blocks_to_remove(model, SearchConfig(max_kl=0.5, **unprotected)) == (7, 7)  # one has to stay
 
 
 def test_a_speedup_takes_as_few_blocks_as_it_needs(model):

@@ -32,8 +32,7 @@ def removal_goal(model: nn.Module, config: SearchConfig) -> RemovalGoal:
     if config.target_latency_speedup is not None:
         return LatencyGoal(model, config.target_latency_speedup, config.prefill_latency_share, relaxed, protected)
     sizes = [num_parameters(block) for block in get_blocks(model)]
-    most = max(len(sizes) - protected, 0)
-    can_go = min(most, len(sizes) - 1)  # one has to stay
+    can_go = min(max(len(sizes) - protected, 0), len(sizes) - 1)  # one has to stay
     prefill, decode = config.num_prefill_blocks, config.num_decode_blocks
     if config.target_ttft_speedup is not None:
         block = sum(idle_sizes(model) if relaxed else sizes) / len(sizes)
@@ -42,7 +41,7 @@ def removal_goal(model: nn.Module, config: SearchConfig) -> RemovalGoal:
         total, block = sum(sizes) + head_size(model), sum(sizes) / len(sizes)
         decode = fewest_blocks("target_tpot_speedup", config.target_tpot_speedup, total, block, can_go)
     if config.max_kl is not None and not prefill and not decode:
-        return BlockCounts(most, most, relaxed)
+        return BlockCounts(can_go, can_go, relaxed)
     if not relaxed and config.target_ttft_speedup is not None:
         decode = max(prefill, decode)
     if not relaxed and decode < prefill:
