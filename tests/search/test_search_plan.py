@@ -111,6 +111,17 @@ def test_targets_instead_of_counts(setup, tmp_path):
         search_plan(*setup, config(max_kl=bound, target_ttft_speedup=1.3, **options))
 
 
+def test_blocks_that_a_speedup_takes_may_go_below_the_threshold_with_max_kl_too(setup):
+    options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None, "strategy": "greedy"}
+    options |= {"distillation_threshold": 1.0, "max_kl": 100.0}
+    latency = {"target_latency_speedup": 1.2, "prefill_latency_share": 0.5}
+    for target in ({"target_ttft_speedup": 1.3}, {"target_tpot_speedup": 1.2}, latency):
+        speedup = search_plan(*setup, config(**options, **target))
+        assert len(speedup.decode.missing_blocks) == 2
+    with pytest.raises(ValueError, match="no block may go: none .* redundant as distillation_threshold 1.0"):
+        search_plan(*setup, config(**options))
+
+
 def test_a_latency_instead_of_counts(setup, tmp_path):
     options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None}
     options |= {"target_latency_speedup": 1.3}

@@ -54,6 +54,7 @@ class LatencyGoal(RemovalGoal):
         # Out of both stages, blocks of mean size.
         block = (prefill_share + (1 - prefill_share) * sum(self.sizes) / self.decode_size) / len(self.sizes)
         self.fewest_blocks = fewest_blocks("target_latency_speedup", speedup, 1, block, most)
+        self.required_blocks = self.fewest_blocks
 
     def latency(self, plan: PruningPlan) -> float:
         """Time of an answer, as a part of the dense model's."""

@@ -18,12 +18,14 @@ class RemovalGoal(ABC):
         num_prefill_blocks (`int`): Blocks that prefill loses, at most.
         num_decode_blocks (`int`): Blocks that decode loses, at most.
         fewest_blocks (`int`): So many blocks have to be removable, for the goal to be in reach.
+        required_blocks (`int`): So many of these also where `max_kl` decides how many go: a speedup was asked for.
         num_steps (`int`, *optional*): Steps that it takes, where that is known.
     """
 
     num_prefill_blocks: int
     num_decode_blocks: int
     fewest_blocks: int
+    required_blocks: int
     num_steps: int | None
 
     @abstractmethod
@@ -63,6 +65,7 @@ class BlockCounts(RemovalGoal):
         self.relaxed = relaxed
         self.least = least
         self.fewest_blocks = max(num_prefill_blocks, num_decode_blocks)
+        self.required_blocks = max(least)
         self.num_steps = num_prefill_blocks + num_decode_blocks if relaxed else num_decode_blocks
 
     def next_stages(self, plan: PruningPlan, closed: Collection[Stages] = ()) -> list[Stages]:

@@ -90,7 +90,7 @@ def search_plan(
         prefill_latency_share=None,
     )
     config.check_model(total)
-    needed = 0 if config.max_kl is not None else goal.fewest_blocks
+    needed = goal.fewest_blocks if config.max_kl is None else goal.required_blocks
     removable = removable_blocks(statistics, config, at_least=needed)
     if config.relaxed_subset_rule:
         check_projectable(model, removable)
@@ -173,6 +173,11 @@ def _choose_blocks(
         raise ValueError(
             f"max_kl {config.max_kl} cannot be met: the best plan with one block less has KL "
             f"{min(step.energy for step in search.refused):.4f}"
+        )
+    if config.max_kl is not None and not operations.blocks and not may_keep_all:
+        raise ValueError(
+            "no block may go: none that is not protected is at least as redundant as distillation_threshold "
+            f"{config.distillation_threshold}"
         )
     return steps[-1].plan if steps else objective.dense_plan, steps
 
