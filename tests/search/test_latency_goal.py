@@ -69,6 +69,13 @@ def test_as_many_blocks_as_it_takes_out_of_both_have_to_be_removable(model, shar
     assert LatencyGoal(model, 1.0, share).fewest_blocks == 0
 
 
+def test_blocks_that_prefill_alone_loses_are_projected(model, plan):
+    projected = LatencyGoal(model, 1.0, 1.0, relaxed=True).latency(plan((), (), (2, 3)))
+    assert LatencyGoal(model, 8 / 6, 1.0, relaxed=True).fewest_blocks == 3
+    assert LatencyGoal(model, 1 / projected, 1.0, relaxed=True).fewest_blocks == 2
+    assert LatencyGoal(model, 8 / 6, 0.9, relaxed=True).fewest_blocks == 3  # these decode can lose, too
+
+
 def test_a_goal_out_of_reach_says_how_near_the_best_comes(model):
     with pytest.raises(ValueError, match=r"target_latency_speedup 5 cannot be met: without all 6 .* it is 4.00"):
         LatencyGoal(model, 5, 1.0, num_protected_blocks=2)

@@ -51,8 +51,9 @@ class LatencyGoal(RemovalGoal):
         self.decode_size = sum(self.sizes) + head_size(model)
         most = min(max(len(self.sizes) - num_protected_blocks, 0), len(self.sizes) - 1)
         self.num_prefill_blocks = self.num_decode_blocks = most
-        # Out of both stages, blocks of mean size.
-        block = (prefill_share + (1 - prefill_share) * sum(self.sizes) / self.decode_size) / len(self.sizes)
+        # Out of both stages, blocks of mean size; where decode's time does not count, out of prefill alone.
+        own = sum(self.idle_sizes if relaxed and prefill_share == 1 else self.sizes) / sum(self.sizes)
+        block = (prefill_share * own + (1 - prefill_share) * sum(self.sizes) / self.decode_size) / len(self.sizes)
         self.fewest_blocks = fewest_blocks("target_latency_speedup", speedup, 1, block, most)
         self.required_blocks = self.fewest_blocks
 

@@ -195,9 +195,9 @@ def _plans_to_try(
     fast_enough = [tried for tried in plans if goal.shortfall(tried) is None]
     if not fast_enough:
         lost = len(plan.prefill.skipped_blocks), len(plan.decode.missing_blocks)
+        within = "" if asked.max_kl is None else f"within max_kl {asked.max_kl} "
         raise ValueError(
-            f"{goal.shortfall(plan)}; within max_kl {asked.max_kl} only {lost[0]} and {lost[1]} can go (KL "
-            f"{objective.energy(plan):.4f})"
+            f"{goal.shortfall(plan)}; {within}only {lost[0]} and {lost[1]} can go (KL {objective.energy(plan):.4f})"
         )
     return fast_enough
 
