@@ -1,3 +1,4 @@
+import math
 from dataclasses import fields
 
 import pytest
@@ -58,6 +59,15 @@ from hf_pdprune.search import SearchConfig
 def test_bad_values_are_named(values, message):
     with pytest.raises(ValueError, match=message):
         SearchConfig(**values)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["max_kl", "target_kv_reduction", "hidden_cache_gb", "annealing_share"])
+def test_numbers_are_finite(name, number):
+    with pytest.raises(ValueError, match=f"^{name} must be finite, got {number}$"):
+        SearchConfig(**{name: number})
+    with pytest.raises(ValueError, match="window_factors must be finite"):
+        SearchConfig(window_factors=[1.0, number])
 
 
 def test_a_model_with_too_few_blocks():

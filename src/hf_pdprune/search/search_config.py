@@ -1,5 +1,6 @@
 """SearchConfig: the options of a search."""
 
+import math
 from dataclasses import dataclass, field
 
 from ..plan_parts import TOKEN_CHOICES
@@ -249,6 +250,11 @@ class SearchConfig:
     )
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, list) else [value]
+            # NaN would pass every check below, and be below every energy.
+            if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+                raise ValueError(f"{name} must be finite, got {value}")
         for name in (
             "num_prefill_blocks",
             "num_decode_blocks",
