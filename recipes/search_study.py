@@ -54,6 +54,7 @@ from hf_pdprune.search.baselines import contiguous_group, end_group, one_shot, r
 from hf_pdprune.search.merged_pairs import MERGED_PAIRS_FILE_NAME
 from hf_pdprune.search.operations import removable_blocks, unprotected_blocks
 from hf_pdprune.search.pareto_front import ParetoPoint
+from hf_pdprune.shortened_config import context_length
 
 
 SIMPLE = {"one_shot": one_shot, "random": random_blocks, "end_group": end_group, "contiguous": contiguous_group}
@@ -293,7 +294,8 @@ class Study:
         absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
         rows = (row for group in zip_longest(*self.merge_text) for row in group if row is not None)
         tokens = tokenize_rows(rows, self.tokenizer)
-        input_ids = pack_tokens(tokens, self.args.merge_tokens, device=self.model.device)
+        context = context_length(self.model.config)
+        input_ids = pack_tokens(tokens, self.args.merge_tokens, context, self.model.device)
         self.merge_source = MergedPairs.source_digest(self.model, input_ids, absorbed, self.args.merge_rank)
         folder = self.folder / "pairs" / self.merge_source
         if (folder / MERGED_PAIRS_FILE_NAME).is_file():

@@ -185,6 +185,14 @@ def test_a_target_that_removed_blocks_make_reachable_is_not_refused(setup):
     assert len(plan.kv.token_aware_blocks) == 7 and len(plan.decode.missing_blocks) == 1
 
 
+def test_pairs_are_distilled_on_rows_within_the_context(tiny_model, calibration):
+    model = tiny_model("gpt2", n_positions=64)
+    setup = model, calibration(model), BlockStatistics.measure(model, calibration(model).batches)
+    text = torch.randint(3, 250, (4, 100)).tolist()
+    plan = search_plan(*setup, SearchConfig(num_decode_blocks=1, merge_pairs=True, merge_tokens=300), merge_text=text)
+    assert len(plan.decode.missing_blocks) == 1
+
+
 def test_merged_pairs_are_distilled_once_and_resumed(setup, tmp_path, monkeypatch):
     options = config(merge_pairs=True, merge_tokens=256, num_token_aware_blocks=None)
     with pytest.raises(ValueError, match="merge_pairs needs merge_text"):

@@ -17,6 +17,7 @@ from ..blocks import num_blocks
 from ..data import pack_tokens
 from ..plan import PruningPlan
 from ..projected_blocks import check_projectable
+from ..shortened_config import context_length
 from ..spread_weights import input_device
 from .baselines import contiguous_group, end_group, one_shot, random_blocks
 from .block_statistics import BlockStatistics
@@ -215,7 +216,7 @@ def _merged_pairs(
     absorbed = [block for block in unprotected_blocks(statistics, config) if block > 0]
     if merge_text is None:
         raise ValueError("merge_pairs needs merge_text, which pairs are distilled on")
-    input_ids = pack_tokens(merge_text, config.merge_tokens, device=input_device(model))
+    input_ids = pack_tokens(merge_text, config.merge_tokens, context_length(model.config), input_device(model))
     if output_dir is not None and (Path(output_dir) / MERGED_PAIRS_FILE_NAME).is_file():
         pairs = MergedPairs.from_pretrained(output_dir, model)
         if pairs.source != MergedPairs.source_digest(model, input_ids, absorbed, config.merge_rank):
