@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 
 from hf_pdprune.search import SearchJournal
@@ -27,6 +29,17 @@ def test_a_line_cut_by_a_kill_is_dropped(tmp_path):
     assert SearchJournal(path, "subject").get("plan", 1) == 0.125
 
 
+def test_a_kill_at_the_first_line_leaves_no_journal(tmp_path, monkeypatch):
+    path = tmp_path / "journal.jsonl"
+    with monkeypatch.context() as patches:
+        patches.setattr("os.replace", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            SearchJournal(path, "subject")
+    assert list(tmp_path.iterdir()) == []
+    SearchJournal(path, "subject").add("plan", 0, 0.5)
+    assert SearchJournal(path, "subject").get("plan", 0) == 0.5
+
+
 def test_another_search_is_refused(tmp_path):
     path = tmp_path / "journal.jsonl"
     SearchJournal(path, "subject").add("plan", 0, 0.5)
@@ -34,9 +47,10 @@ def test_another_search_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another model, calibration set or number"):
         SearchJournal(path, "other subject")
     assert path.read_bytes() == before
-    path.write_text("something else\n")
-    with pytest.raises(ValueError, match="not a search journal"):
-        SearchJournal(path, "subject")
+    for content in (b"something else\n", b"\xff\n"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="journal.jsonl is not a search journal"):
+            SearchJournal(path, "subject")
 
 
 def test_without_a_path_nothing_is_written(tmp_path, monkeypatch):

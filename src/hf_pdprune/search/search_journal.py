@@ -9,6 +9,8 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..artefact_file import write_artefact
+
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +63,8 @@ class SearchJournal:
             try:
                 if self.path.is_file():
                     self._read()
-                else:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    self._append({"subject": self.subject})
+                else:  # as a whole: of half a line nobody could tell that it is a journal
+                    write_artefact(self.path, json.dumps({"subject": self.subject}) + "\n")
             except (ValueError, OSError) as error:
                 shared[1] = error
             shared[0] = self._entries
@@ -78,9 +79,8 @@ class SearchJournal:
             file.write(json.dumps(line) + "\n")
 
     def _read(self) -> None:
-        text = self.path.read_text(encoding="utf-8")
-        complete, _, torn = text.rpartition("\n")
         try:
+            complete, _, torn = self.path.read_text(encoding="utf-8").rpartition("\n")
             header, *lines = [json.loads(line) for line in complete.split("\n")]
             subject = header["subject"]
             for line in lines:
