@@ -38,5 +38,18 @@ def test_every_architecture_shows_its_attention(tiny_model, architecture, calibr
     assert all(0 < share < 1 for share, slides in zip(shares, sliding, strict=True) if not slides)
 
 
+@torch.no_grad()
+def test_an_attention_within_another_module_counts_once(tiny_model, calibration):
+    model = tiny_model("llama", model_type="gpt_neo", attention_types=[[["global"], 6]])
+    model.set_attn_implementation("eager")
+    data = calibration(model, batch_size=1, count=2, prompt_tokens=(20, 21), completion_tokens=(40, 41))
+    expected = torch.zeros(6)
+    for tensors in data.batches:
+        ids = torch.cat([tensors["prompt_ids"], tensors["completion_ids"]], dim=1)
+        attentions = model(input_ids=ids, output_attentions=True).attentions
+        expected += torch.stack([weights[0, :, 20:, 2:15].sum(-1).mean() for weights in attentions]) / 2
+    assert AttentionMass.measure(model, data, 2, 5).shares == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_a_window_as_long_as_the_prompt_leaves_nothing_outside(tiny_llama, calibration):
     assert AttentionMass.measure(tiny_llama, calibration(tiny_llama), 16, 112).shares == (0,) * 6

@@ -10,7 +10,7 @@ from accelerate.utils import reduce
 from torch import nn
 
 from ..adapters import active_adapter
-from ..blocks import get_blocks, num_blocks
+from ..blocks import get_attention, get_blocks, num_blocks
 from ..evaluating import evaluating
 from ..inference.stage import position_ids
 from ..kv import PromptWindow
@@ -64,10 +64,10 @@ class AttentionMass:
                 queries = tensors["completion_mask"].bool()
                 with ExitStack() as hooks:
                     for number, block in enumerate(get_blocks(model)):
-                        hook = mass._hook(number, tensors["prompt_mask"], queries)
-                        for module in list(block.modules())[1:]:  # some blocks hand the weights on: not counted twice
-                            handle = module.register_forward_hook(hook)
-                            hooks.callback(handle.remove)
+                        # What stands around it, the block itself or another module, may hand the weights on.
+                        attention = get_attention(block)
+                        handle = attention.register_forward_hook(mass._hook(number, tensors["prompt_mask"], queries))
+                        hooks.callback(handle.remove)
                     model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
                 mass.num_queries += int(queries.sum())
         mass._reduce(calibration.device)
