@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from hf_pdprune.artefact_file import read_json, write_artefact
+from hf_pdprune.blocks import num_blocks
 from hf_pdprune.data import load_text, pack_tokens, source_digest, tokenize_rows
 from hf_pdprune.evaluation.command_line import command_line
 from hf_pdprune.evaluation.dense_model_of_pair import load_dense_model, load_tokenizer
@@ -133,6 +134,10 @@ class Study:
             names = [split_name(named)[0] for named in texts]
             if len(set(names)) < len(names):
                 raise ValueError(f"two texts are called {next(n for n in names if names.count(n) > 1)!r}")
+        for name in ("strategies", "seeds", "num_blocks"):
+            values = getattr(args, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}: {next(v for v in values if values.count(v) > 1)} is named twice")
         self.args = args
         self.folder = Path(args.output_dir)
         self.path = self.folder / SEARCH_STUDY_FILE_NAME
@@ -148,6 +153,11 @@ class Study:
         )
         self.tokenizer = load_tokenizer(args.model_name_or_path)
         self.model = load_dense_model(args.model_name_or_path, dtype="float32")
+        for count in args.num_blocks:
+            if count < 1:
+                raise ValueError(f"num_blocks must be at least 1, got {count}")
+            own = {key: getattr(args, key) for key in ("annealing_share", "merge_rank", "merge_tokens")}
+            SearchConfig(count, count, **own).check_model(num_blocks(self.model.config))
         self.made_of = self._checked_origin()
         self.validation: dict[str, Text] = {}
         self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
