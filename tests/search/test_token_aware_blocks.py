@@ -71,6 +71,17 @@ def test_what_cannot_be_met_says_how_near_the_best_comes(tiny_llama, tiny_model,
     assert objective.cost.evaluations == 0
 
 
+@pytest.mark.parametrize("criterion", ["kl", "attention_mass"])
+def test_prompts_of_which_the_window_drops_nothing_are_named(tiny_llama, calibration, caplog, criterion):
+    objective = objective_of(tiny_llama, calibration)
+    longest = objective.calibration.longest_prompt
+    options = {"num_token_aware_blocks": 2, "first_tokens": 1, "token_aware_criterion": criterion}
+    TokenAwareBlocks(objective, SearchConfig(last_tokens=longest - 2, **options)).choose(objective.dense_plan)
+    assert not caplog.records
+    TokenAwareBlocks(objective, SearchConfig(last_tokens=longest - 1, **options)).choose(objective.dense_plan)
+    assert f"prompts of at most {longest} tokens, of which a window of 1 + {longest - 1} drops none" in caplog.text
+
+
 def test_sliding_windows_are_left_alone(tiny_model, calibration):
     model = tiny_model("gemma3_text", num_hidden_layers=12)
     objective = objective_of(model, calibration)

@@ -63,11 +63,22 @@ class TokenAwareBlocks:
         count = self._count(plan, candidates)
         if count in (0, len(candidates)):
             return self._with_blocks(plan, candidates[:count])
-        if self.config.token_aware_criterion == "attention_mass":
-            return self._with_blocks(plan, self._least_attention_outside(candidates)[:count])
         if self.config.token_aware_criterion == "random":
             rng = random.Random(f"{self.config.search_seed} random")
             return self._with_blocks(plan, rng.sample(candidates, count))
+        longest, window = (
+            self.objective.calibration.longest_prompt,
+            (self.config.first_tokens, self.config.last_tokens),
+        )
+        if longest <= sum(window):
+            logger.warning(
+                "token-aware blocks are chosen on prompts of at most %d tokens, of which a window of %d + %d drops "
+                "none: all blocks look alike; use longer calibration prompts",
+                longest,
+                *window,
+            )
+        if self.config.token_aware_criterion == "attention_mass":
+            return self._with_blocks(plan, self._least_attention_outside(candidates)[:count])
         spent = self.objective.cost.total
         if count <= len(candidates) / 2:
             plan = self._add_blocks(self._with_blocks(plan, ()), candidates, count)
