@@ -1,4 +1,5 @@
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from accelerate import cpu_offload, dispatch_model
 
 from hf_pdprune.plan import PruningPlan
 from hf_pdprune.search import BlockStatistics, MergedPairs, SearchConfig, SearchJournal, search_plan
+from hf_pdprune.search.incremental_forward import IncrementalForward
 from hf_pdprune.search.search_config import STRATEGIES
 
 
@@ -120,6 +122,24 @@ def test_blocks_that_a_speedup_takes_may_go_below_the_threshold_with_max_kl_too(
         assert len(speedup.decode.missing_blocks) == 2
     with pytest.raises(ValueError, match="no block may go: none .* redundant as distillation_threshold 1.0"):
         search_plan(*setup, config(**options))
+
+
+def test_plans_whose_logits_are_not_finite(setup, tmp_path, monkeypatch):
+    run, broken = IncrementalForward.run, {}
+
+    def overflowing(self, batch, plan, *args, **kwargs):
+        kl_sum, state = run(self, batch, plan, *args, **kwargs)
+        return (math.nan if broken["is"](plan) else kl_sum), state
+
+    monkeypatch.setattr(IncrementalForward, "run", overflowing)
+    options = {"strategy": "greedy", "num_token_aware_blocks": None}
+    broken["is"] = lambda plan: len(plan.decode.missing_blocks) == 3
+    for number, wanted in enumerate((config(**options), config(strategy="one_shot"))):
+        with pytest.raises(ValueError, match="the logits of every plan that was tried hold NaN or infinity"):
+            search_plan(*setup, wanted, tmp_path / str(number))
+    broken["is"] = lambda plan: len(plan.decode.missing_blocks) == 2  # on the way to a plan that is finite
+    plan = search_plan(*setup, config(**options), tmp_path / "through")
+    assert PruningPlan.from_pretrained(tmp_path / "through") == plan and len(plan.decode.missing_blocks) == 3
 
 
 def test_a_latency_instead_of_counts(setup, tmp_path):

@@ -69,8 +69,8 @@ def search_plan(
         [`PruningPlan`]: With `provenance` filled in.
 
     Raises:
-        `ValueError`: If more is to be removed than there is, if the statistics are of another model, or if the
-            target for the KV entries, `max_kl` or both together cannot be met.
+        `ValueError`: If more is to be removed than there is, if the statistics are of another model, if the target
+            for the KV entries, `max_kl` or both together cannot be met, or if no plan's logits are finite.
     """
     total = num_blocks(model.config)
     if (statistics.model_type, statistics.num_hidden_layers) != (model.config.model_type, total):
@@ -127,12 +127,17 @@ def search_plan(
         energies["all_tokens"], energies["token_aware"] = kv_objective.energy(every), kv_objective.energy(plan)
     energies["blocks"], energies["result"] = objective.energy(blocks), objective.energy(plan)
     energies["start"] = next((step.greedy_energy for step in steps if step.plan == blocks), energies["blocks"])
+    if math.isinf(max(energies["result"], energies.get("token_aware", 0.0))):
+        raise ValueError(
+            "the logits of every plan that was tried hold NaN or infinity on the calibration set (a dtype too narrow?)"
+        )
     provenance = {
         "config": asdict(asked),
         "calibration": _describe(calibration),
         "kv_calibration": None if kv_calibration is None else _describe(kv_calibration),
         "removable_blocks": list(removable),
-        "objective": energies,
+        # JSON has no infinity, which the greedy start of a search that ended well may have.
+        "objective": {name: energy if math.isfinite(energy) else None for name, energy in energies.items()},
         "cost": {name: _describe_cost(spent) for name, spent in costs.items()},
         "seconds": round(time.perf_counter() - begun, 1),
     }
