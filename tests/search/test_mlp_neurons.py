@@ -37,6 +37,11 @@ def test_layers_with_bias_are_refused(tiny_model, name):
     assert neurons_of(tiny_model(name), 1) is None
 
 
+def test_an_mlp_that_is_given_the_residual_stream_too_is_refused(tiny_model):
+    model = tiny_model("gpt2", model_type="mpt", d_model=64, n_heads=4, max_seq_len=64, expansion_ratio=2)
+    assert neurons_of(model, 1) is None
+
+
 def test_features_that_are_not_made_one_by_one_are_refused(tiny_llama):
     mlp = tiny_llama.model.layers[1].mlp
     mlp.act_fn = torch.nn.Softmax(dim=-1)

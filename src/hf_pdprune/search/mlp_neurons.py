@@ -44,7 +44,8 @@ class MLPNeurons:
 
         Returns:
             [`MLPNeurons`] or `None`: `None` where the last linear layer's input is not made, feature by feature, from
-            layers without bias that read one normed hidden state (experts, layers with bias, post-norm blocks).
+            layers without bias that read one normed hidden state and nothing else (experts, layers with bias,
+            post-norm blocks, an MLP that is given the residual stream too).
         """
         layers = linear_layers(block)
         output_name = next(reversed(layers), None)
@@ -127,11 +128,11 @@ def neuron_rows(layer: nn.Module, num_neurons: int) -> torch.Tensor:
 
 @contextmanager
 def _called_with(module: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the tensors that a module is called with first."""
+    """Collects the tensors that a module is called with."""
     tensors: list[torch.Tensor] = []
 
     def collect(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        tensors.extend(t for t in [*args, *kwargs.values()][:1] if isinstance(t, torch.Tensor))
+        tensors.extend(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
 
     handle = module.register_forward_pre_hook(collect, with_kwargs=True)
     try:
