@@ -191,6 +191,17 @@ def test_max_kl_is_kept_by_token_aware_blocks_too(setup, calibration, tmp_path, 
     assert not (tmp_path / "pruning_plan.json").exists()
 
 
+def test_a_target_that_windows_for_long_prompts_meet_is_not_refused(setup, calibration, caplog):
+    long_prompts = calibration(setup[0], prompt_tokens=(40, 50), seed=1)
+    options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None, "kv_prompt_tokens": 50}
+    # Of the window's 16 tokens 4 are enough, which only long prompts can tell.
+    target = config(**options, target_kv_reduction=8, first_tokens=4, last_tokens=12, token_choice="first_last")
+    short = calibration(setup[0], prompt_tokens=(5, 7), count=12)
+    plan = search_plan(setup[0], short, setup[2], target, kv_calibration=long_prompts)
+    assert plan.kv_reduction(50)["total"] >= 8
+    assert not caplog.records  # nothing is chosen on short prompts
+
+
 def test_a_target_that_removed_blocks_make_reachable_is_not_refused(setup):
     options = {"num_prefill_blocks": 0, "num_decode_blocks": 0, "num_token_aware_blocks": None, "strategy": "greedy"}
     # A window of 10 of 50 tokens is 5 times less, and 8 of 6 blocks a third more.

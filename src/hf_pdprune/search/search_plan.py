@@ -98,7 +98,11 @@ def search_plan(
     begun = time.perf_counter()
     needs_window = bool(config.num_token_aware_blocks) or config.target_kv_reduction is not None
     merged_pairs = _merged_pairs(model, merge_text, statistics, config, output_dir)
-    objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
+    objective = kv_objective = _objective(model, calibration, config, output_dir, JOURNAL_FILE_NAME, merged_pairs)
+    costs = {"blocks": objective}
+    if needs_window and kv_calibration is not None:
+        kv_objective = _objective(model, kv_calibration, config, output_dir, KV_JOURNAL_FILE_NAME, merged_pairs)
+        costs["token_aware_blocks"] = kv_objective
     operations = Operations(removable, merged_pairs.pairs, config.relaxed_subset_rule)
     if needs_window:
         # What cannot be met is found before anything is spent. With max_kl, and for a latency, up to num_decode_blocks
@@ -107,20 +111,15 @@ def search_plan(
         up_to = config.max_kl is not None or goal.num_steps is None
         certain = not up_to or config.target_kv_reduction is not None
         lost = operations.blocks[: config.num_decode_blocks] if certain else ()
-        TokenAwareBlocks(objective, config).check(with_removed(objective.dense_plan, (), lost))
+        TokenAwareBlocks(kv_objective, config).check(with_removed(objective.dense_plan, (), lost))
 
     plan, steps = _choose_blocks(objective, operations, config, goal, may_keep_all=needs_window)
     plans = _plans_to_try(objective, plan, steps, asked, goal)
     blocks = plan = plans[0]
-    costs = {"blocks": objective}
     energies = {"dense": 0.0}
     if needs_window:
-        if kv_calibration is not None:
+        if kv_objective is not objective:
             objective.forget()
-            costs["token_aware_blocks"] = _objective(
-                model, kv_calibration, config, output_dir, KV_JOURNAL_FILE_NAME, merged_pairs
-            )
-        kv_objective = costs.get("token_aware_blocks", objective)
         max_kl = math.inf if config.max_kl is None else config.max_kl
         blocks, plan = TokenAwareBlocks(kv_objective, config).choose_within(plans, objective, max_kl)
         every = replace(plan, kv=plan.kv.with_windows({}))
