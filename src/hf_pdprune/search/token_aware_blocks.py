@@ -66,10 +66,8 @@ class TokenAwareBlocks:
         if self.config.token_aware_criterion == "random":
             rng = random.Random(f"{self.config.search_seed} random")
             return self._with_blocks(plan, rng.sample(candidates, count))
-        longest, window = (
-            self.objective.calibration.longest_prompt,
-            (self.config.first_tokens, self.config.last_tokens),
-        )
+        longest = self.objective.calibration.longest_prompt
+        window = (self.config.first_tokens, self.config.last_tokens)
         if longest <= sum(window):
             logger.warning(
                 "token-aware blocks are chosen on prompts of at most %d tokens, of which a window of %d + %d drops "
