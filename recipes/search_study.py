@@ -330,8 +330,10 @@ def split_name(named: str) -> tuple[str, str]:
 
 
 def source_and_split(source: str) -> tuple[str, str]:
-    """Of `source[:split]`."""
+    """Of `source[:split]`, where the source can be several."""
     name, _, split = source.partition(":")
+    if "," in split:
+        raise ValueError(f"{source!r}: the split comes once, after the last source")
     return name, split or "train"
 
 

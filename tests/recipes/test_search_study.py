@@ -176,6 +176,7 @@ def test_text_for_pairs_may_be_validated_on_where_none_are_distilled(study, opti
         ({"validation_examples": [1, 2, 3]}, "validation_examples: 3 for 2 texts"),
         ({"calibration": ["nameless"]}, "'nameless' is not name=source"),
         ({"calibration": ["a=first", "a=second"]}, "two texts are called 'a'"),
+        ({"calibration": ["a=first:train,second"]}, "the split comes once, after the last source"),
         ({"seeds": [0, 1, 0]}, "seeds: 0 is named twice"),
         ({"num_blocks": [1, 0]}, "num_blocks must be at least 1, got 0"),
         ({"num_blocks": [1, 4]}, "is 4, but of the model's 5 blocks only 3 may be removed"),
