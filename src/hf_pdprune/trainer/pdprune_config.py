@@ -108,13 +108,6 @@ class PDPruneConfig(SFTConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "The old name of activation_checkpointing."}
     )
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "Stages go to the Hub when they are saved; checkpoints stay in output_dir.",
-            "choices": ["end"],
-        },
-    )
     stage: str = field(
         default="disaggregated",
         metadata={"help": "What learns: both stages, one of them, or one for both.", "choices": list(STAGE_ADAPTERS)},
@@ -198,6 +191,13 @@ class PDPruneConfig(SFTConfig):
     )
     train_fitted_layers: bool = field(
         default=False, metadata={"help": "Whether layers that were fitted in closed form are trained on."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "Stages go to the Hub when they are saved; checkpoints stay in output_dir.",
+            "choices": ["end"],
+        },
     )
 
     def __post_init__(self):
