@@ -23,7 +23,8 @@ class PDPruneConfig(SFTConfig):
     Some defaults differ from trl's: `learning_rate` is that of LoRA, `activation_checkpointing` is off (it costs a
     second forward of the stages), and `bf16` is on only where the device is good at it (on CPUs without AMX it is 6
     to 30 times slower than float32). `greater_is_better` is `False` by default where `metric_for_best_model` is a KL
-    or a perplexity, too.
+    or a perplexity, too. `hub_strategy` is `"end"`: with `push_to_hub`, stages go to the Hub when `save_model` writes
+    them; checkpoints stay in `output_dir`.
 
     Parameters:
         > Parameters that control what is trained
@@ -92,12 +93,6 @@ class PDPruneConfig(SFTConfig):
         train_fitted_layers (`bool`, *optional*, defaults to `False`):
             Whether layers that were fitted in closed form are trained on. They are of full rank and fitted on more
             tokens than a step sees: at learning rates that the others need, training undoes the fit.
-
-        > Parameters that control what is saved
-
-        hub_strategy (`str`, *optional*, defaults to `"end"`):
-            With `push_to_hub`, stages go to the Hub when `save_model` writes them. Nothing else is supported:
-            checkpoints stay in `output_dir`.
     """
 
     learning_rate: float = field(default=3e-4, metadata={"help": "The initial learning rate for AdamW."})
@@ -107,6 +102,13 @@ class PDPruneConfig(SFTConfig):
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "The old name of activation_checkpointing."}
+    )
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "Stages go to the Hub when they are saved; checkpoints stay in output_dir.",
+            "choices": ["end"],
+        },
     )
     stage: str = field(
         default="disaggregated",
@@ -191,13 +193,6 @@ class PDPruneConfig(SFTConfig):
     )
     train_fitted_layers: bool = field(
         default=False, metadata={"help": "Whether layers that were fitted in closed form are trained on."}
-    )
-    hub_strategy: str = field(
-        default="end",
-        metadata={
-            "help": "Stages go to the Hub when they are saved; checkpoints stay in output_dir.",
-            "choices": ["end"],
-        },
     )
 
     def __post_init__(self):
