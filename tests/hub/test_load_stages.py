@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,10 +8,13 @@ from hf_pdprune.hub import export_stages, load_stages
 from hf_pdprune.plan import PruningPlan, StagePlan
 
 
+def plan_of(model, prefill=(2,), decode=(2, 4)):
+    return PruningPlan.empty(model, "tiny", prefill=StagePlan(prefill), decode=StagePlan(decode))
+
+
 @pytest.fixture
 def pair(tiny_llama, tmp_path):
-    plan = PruningPlan.empty(tiny_llama, "tiny", prefill=StagePlan((2,)), decode=StagePlan((2, 4)))
-    return export_stages(tiny_llama, plan, tmp_path / "pair", max_shard_size="150KB")
+    return export_stages(tiny_llama, plan_of(tiny_llama), tmp_path / "pair", max_shard_size="150KB")
 
 
 def edit(path, change):
@@ -67,3 +71,36 @@ def test_no_pair_on_the_hub_either(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(FileNotFoundError, match=r"no repos me/x-prefill and me/x-decode.*\(.*cached files"):
         load_stages("me/x", local_files_only=True)  # which says why: the Hub was not even asked
+
+
+def test_stages_of_different_exports_are_refused(tiny_model, tmp_path):
+    for seed in (0, 1):
+        model = tiny_model("llama", seed=seed)
+        export_stages(model, plan_of(model), tmp_path / str(seed))
+    shutil.rmtree(tmp_path / "0" / "decode")
+    with pytest.raises(FileNotFoundError, match="no decode stage"):
+        load_stages(tmp_path / "0")
+    shutil.copytree(tmp_path / "1" / "decode", tmp_path / "0" / "decode")
+    with pytest.raises(ValueError, match="not of one pair"):
+        load_stages(tmp_path / "0")
+
+
+def test_stages_that_do_not_fit_the_plan_are_refused(tiny_llama, tmp_path):
+    export_stages(tiny_llama, plan_of(tiny_llama), tmp_path)
+    plan_of(tiny_llama, (1,), (1, 3)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="exported with another plan"):
+        load_stages(tmp_path)
+
+
+def test_what_is_no_stage_checkpoint_is_refused(tiny_llama, tmp_path):
+    export_stages(tiny_llama, plan_of(tiny_llama), tmp_path)
+    shutil.rmtree(tmp_path / "decode")
+    shutil.copytree(tmp_path / "prefill", tmp_path / "decode")
+    with pytest.raises(ValueError, match="holds a prefill stage"):
+        load_stages(tmp_path)
+    shutil.rmtree(tmp_path / "decode")
+    tiny_llama.save_pretrained(tmp_path / "decode")
+    with pytest.raises(ValueError, match="not a stage checkpoint"):
+        load_stages(tmp_path)
+    with pytest.raises(FileNotFoundError, match="pruning_plan.json"):
+        load_stages(tmp_path / "nothing")

@@ -361,42 +361,6 @@ export_stages(model, plan, folder + "/pair")
     assert outcomes == ["pair", "error", "error"]
 
 
-# Loading
-
-
-def test_stages_of_different_exports_are_refused(tiny_model, tmp_path):
-    for seed in (0, 1):
-        model = tiny_model("llama", seed=seed)
-        export_stages(model, plan_of(model), tmp_path / str(seed))
-    shutil.rmtree(tmp_path / "0" / "decode")
-    with pytest.raises(FileNotFoundError, match="no decode stage"):
-        load_stages(tmp_path / "0")
-    shutil.copytree(tmp_path / "1" / "decode", tmp_path / "0" / "decode")
-    with pytest.raises(ValueError, match="not of one pair"):
-        load_stages(tmp_path / "0")
-
-
-def test_stages_that_do_not_fit_the_plan_are_refused(tiny_llama, tmp_path):
-    export_stages(tiny_llama, plan_of(tiny_llama), tmp_path)
-    plan_of(tiny_llama, (1,), (1, 3)).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="exported with another plan"):
-        load_stages(tmp_path)
-
-
-def test_what_is_no_stage_checkpoint_is_refused(tiny_llama, tmp_path):
-    export_stages(tiny_llama, plan_of(tiny_llama), tmp_path)
-    shutil.rmtree(tmp_path / "decode")
-    shutil.copytree(tmp_path / "prefill", tmp_path / "decode")
-    with pytest.raises(ValueError, match="holds a prefill stage"):
-        load_stages(tmp_path)
-    shutil.rmtree(tmp_path / "decode")
-    tiny_llama.save_pretrained(tmp_path / "decode")
-    with pytest.raises(ValueError, match="not a stage checkpoint"):
-        load_stages(tmp_path)
-    with pytest.raises(FileNotFoundError, match="pruning_plan.json"):
-        load_stages(tmp_path / "nothing")
-
-
 def test_stage_checkpoint_cannot_be_exported_again(tiny_llama, tmp_path):
     plan = plan_of(tiny_llama)
     stage = build_stage(tiny_llama, plan, "decode")
