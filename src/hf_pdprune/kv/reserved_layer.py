@@ -41,8 +41,7 @@ class ReservedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Each line runs once per block and token, where a small model waits for the host: no loops, few views.
-        needs_gradient = torch.is_grad_enabled() and _require_gradient(key_states, value_states, self.keys)
-        if needs_gradient or not self.is_initialized or self.keys.dim() < 4:
+        if not self.is_initialized or _needs_gradient(key_states, value_states, self.keys) or self.keys.dim() < 4:
             self._reserve = self._filled = None
             return super().update(key_states, value_states)
         held, new = self.keys.shape[-2], key_states.shape[-2]
@@ -86,5 +85,5 @@ class _Reserve:
         return self.memory.as_strided(size, self.strides, begin * self.head_dim)
 
 
-def _require_gradient(*tensors: torch.Tensor | None) -> bool:
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+def _needs_gradient(*tensors: torch.Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
