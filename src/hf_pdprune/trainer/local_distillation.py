@@ -48,8 +48,7 @@ class LocalDistillation:
         for adapter, skipped in self._skipped_before.items():
             usual = getattr(model.peft_config[adapter], "r", None)
             for name in fitted_layers(model, skipped):
-                block, _, path = name.partition(".")
-                ranks = getattr(blocks[int(block)].get_submodule(path), "r", {})
+                ranks = getattr(blocks.get_submodule(name), "r", {})
                 if ranks.get(adapter, usual) != usual:
                     self.fitted.setdefault(adapter, []).append(name)
 
@@ -78,8 +77,7 @@ class LocalDistillation:
         blocks = get_blocks(model)
         for adapter, layers in self.fitted.items():
             for name in layers:
-                block, _, path = name.partition(".")
-                layer = blocks[int(block)].get_submodule(path)
+                layer = blocks.get_submodule(name)
                 for part in (layer.lora_A, layer.lora_B):
                     part[adapter].weight.requires_grad_(False)
 

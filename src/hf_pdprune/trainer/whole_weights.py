@@ -91,11 +91,12 @@ def _replaced(model: nn.Module, places: list[tuple[nn.Module, str, nn.Parameter]
 
 
 def whole_copy(parameter: nn.Parameter, keep: bool = True) -> torch.Tensor:
-    """The whole of a parameter on the CPU; without memory for processes that do not `keep` it. All have to ask."""
+    """
+    The whole of a parameter of which processes hold parts, on the CPU; without memory for those that do not `keep` it.
+    All have to ask.
+    """
     if isinstance(parameter, DTensor):
         return _on_cpu(parameter.detach().full_tensor(), keep)
-    if not is_part(parameter):
-        return _on_cpu(parameter.detach(), keep)
     import deepspeed  # it is installed where weights are partitioned by it
 
     with deepspeed.zero.GatheredParameters([parameter]):
