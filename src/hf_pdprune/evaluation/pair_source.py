@@ -56,7 +56,7 @@ class PairSource:
     def tokenizer(self) -> StageLocation:
         """Where the tokenizer is."""
         if self.prefill is not None or self.plan is not None:
-            return StageLocation(self.pretrained if self.prefill is None else self.prefill)
+            return StageLocation(self.prefill or self.pretrained)
         _, locations = stage_locations(self.pretrained)
         return locations[by_stage(locations)["prefill"]]
 

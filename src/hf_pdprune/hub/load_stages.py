@@ -77,7 +77,7 @@ def stage_locations(source: str | os.PathLike, **hub_kwargs: Any) -> tuple[Pruni
         plan = PruningPlan.from_pretrained(source, **hub_kwargs)
         locations = {name: StageLocation(str(source), name) for name in CHECKPOINTS}
     except FileNotFoundError as error:
-        reason = str(error.__cause__ or error).splitlines()[0]  # the Hub may just not be reached
+        reason = str(error.__cause__).splitlines()[0]  # the Hub may just not be reached
         plan, locations = None, {name: StageLocation(f"{source}-{name}") for name in CHECKPOINTS}
     there = [name for name, location in locations.items() if location.is_checkpoint(**hub_kwargs)]
     if plan is None and not there:
