@@ -131,13 +131,11 @@ class Study:
         if len(args.validation_examples) not in (1, len(args.validation)):
             raise ValueError(f"validation_examples: {len(args.validation_examples)} for {len(args.validation)} texts")
         for texts in (args.calibration, args.validation):
-            names = [split_name(named)[0] for named in texts]
-            if len(set(names)) < len(names):
-                raise ValueError(f"two texts are called {next(n for n in names if names.count(n) > 1)!r}")
+            if again := repeated([split_name(named)[0] for named in texts]):
+                raise ValueError(f"two texts are called {again[0]!r}")
         for name in ("strategies", "seeds", "num_blocks"):
-            values = getattr(args, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}: {next(v for v in values if values.count(v) > 1)} is named twice")
+            if again := repeated(getattr(args, name)):
+                raise ValueError(f"{name}: {again[0]} is named twice")
         self.args = args
         self.folder = Path(args.output_dir)
         self.path = self.folder / SEARCH_STUDY_FILE_NAME
@@ -156,8 +154,7 @@ class Study:
         for count in args.num_blocks:
             if count < 1:
                 raise ValueError(f"num_blocks must be at least 1, got {count}")
-            own = {key: getattr(args, key) for key in ("annealing_share", "merge_rank", "merge_tokens")}
-            SearchConfig(count, count, **own).check_model(num_blocks(self.model.config))
+            self._config(count).check_model(num_blocks(self.model.config))
         self.made_of = self._checked_origin()
         self.validation: dict[str, Text] = {}
         self.searches: list[dict[str, Any]] = []  # the part of their rows that is the same for every validation text
@@ -202,9 +199,13 @@ class Study:
             record_command(self.folder, "search_study", command_line("recipes/search_study.py", args, folders=PLACES))
             print(search_study_table(self.rows).to_markdown())
 
+    def _config(self, count: int, seed: int | None = None) -> SearchConfig:
+        own = {key: getattr(self.args, key) for key in ("annealing_share", "merge_rank", "merge_tokens")}
+        return SearchConfig(count, count, search_seed=seed or 0, **own)
+
     def _search(self, text: Text, statistics: BlockStatistics, strategy: str, seed: int | None, count: int) -> None:
         args = self.args
-        config = SearchConfig(count, count, search_seed=seed or 0, annealing_share=args.annealing_share)
+        config = self._config(count, seed)
         removable = removable_blocks(statistics, config, at_least=max(args.num_blocks))
         merges, anneals = strategy == "annealing+merges", strategy.startswith("annealing")
         if merges and self.pairs is None:
@@ -319,6 +320,11 @@ class Study:
         subject = text.calibration.round_digest + pairs.digest
         journal = SearchJournal(self.folder / "journals" / f"{subject}.jsonl", subject)
         return Objective(self.model, text.calibration, 4 << 30, journal, merged_pairs=pairs)
+
+
+def repeated(values: list[Any]) -> list[Any]:
+    """Those values that are there more than once."""
+    return [value for value in values if values.count(value) > 1]
 
 
 def split_name(named: str) -> tuple[str, str]:
